@@ -1,0 +1,35 @@
+"""The boundary between agents and models: token ids in, token ids with log-probabilities out (appendix D)."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from baltoro.chat.messages import TokenSequence
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a completion. `temperature` 0 is greedy. `seed` makes the draw independent of batch-mates."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Sampled ids (the stop token included when it was drawn) and the log-probability of each under the
+    distribution it was drawn from the model at temperature 1 (the engine_logprobs of Eq. 1)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+class Engine(Protocol):
+    """Anything that continues a token sequence. Stops at <|im_end|> or after `max_tokens`."""
+
+    async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
+        """`role` names the policy that speaks ("orchestrator", "subagent", ...), so that one engine may serve several."""
+        ...

@@ -1,0 +1,146 @@
+"""`baltoro <command> [run.toml] [key=value ...]`: the one boundary where a user's mistake becomes one line of text."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from baltoro import config
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run(file, overrides)` imports what it needs when called: `baltoro --help` answers at once, without torch."""
+
+    summary: str
+    details: str
+    example: str
+    run: Callable[[Path, Sequence[str]], None]
+    subjects: tuple[str, ...] = ()
+
+
+def _recipe(file: Path, overrides: Sequence[str]) -> None:
+    from baltoro.recipe import RecipeConfig, run_recipe
+
+    run_recipe(config.load(file, overrides, RecipeConfig))
+
+
+def _ablate(file: Path, overrides: Sequence[str]) -> None:
+    from baltoro.recipe import RecipeConfig, ablate_parl
+
+    ablate_parl(config.load(file, overrides, RecipeConfig))
+
+
+def _report(file: Path, overrides: Sequence[str]) -> None:
+    from baltoro.recipe import RecipeConfig, write_report
+
+    write_report(config.load(file, overrides, RecipeConfig))
+
+
+COMMANDS = {
+    "recipe": Command(
+        "run the whole recipe, stage after stage, and write the report",
+        "Trains the vision tower, then text and vision together, then long context, then supervised and\n"
+        "reinforcement learning of agents and of the swarm's orchestrator; then evaluates and writes the report\n"
+        "(HTML and results.json) into the run folder. A stage that is complete in the run folder is not repeated,\n"
+        "and an interrupted one continues where it stopped: to resume, run the same command again.",
+        "baltoro recipe configs/nano.toml seed=1",
+        _recipe,
+    ),
+    "ablate": Command(
+        "leave out one part of a method and show what it was for",
+        "parl: trains the orchestrator once without r_parallel and once without r_finish, from the supervised\n"
+        "checkpoint of a finished recipe, and compares accuracy and parallelism with the full reward.",
+        "baltoro ablate parl configs/nano.toml",
+        _ablate,
+        subjects=("parl",),
+    ),
+    "report": Command(
+        "write the report of a finished run again, from its records",
+        "Reads the records in the run folder and writes the HTML file anew; trains nothing.",
+        "baltoro report configs/nano.toml",
+        _report,
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a user's mistake (one line on stderr; with BALTORO_DEBUG=1 a traceback), 130 Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = _parser().parse_args(words)
+    file: Path = given.file
+    try:
+        COMMANDS[given.command].run(file, given.overrides)
+    except KeyboardInterrupt:
+        return _say(f"interrupted; to resume, run again: baltoro {' '.join(words)}", 130)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("BALTORO_DEBUG") or (isinstance(error, ModuleNotFoundError) and _ours(error)):
+            raise
+        return _say(_explain(error, file), 2)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_say(f"{message}; see {self.prog} --help", 2))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="baltoro",
+        description="Train, run and evaluate a multimodal agent and its swarm: a command, a run file, overrides.",
+        epilog="`baltoro <command> --help` tells what a command does. BALTORO_DEBUG=1 shows the traceback of an error.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    for name, command in COMMANDS.items():
+        one = commands.add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{command.details}",
+            epilog=f"example: {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if command.subjects:
+            one.add_argument("subject", choices=command.subjects, help="what to leave parts out of")
+        one.add_argument("file", type=Path, metavar="run.toml", help="the run file, one of configs/ or your own")
+        one.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="replaces a value of the run file, written as in TOML; a dot enters a table: table.key=0.5",
+        )
+    return parser
+
+
+def _say(text: str, status: int) -> int:
+    print(f"baltoro: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+def _ours(error: ModuleNotFoundError) -> bool:
+    return (error.name or "baltoro").partition(".")[0] == "baltoro"
+
+
+def _explain(error: ValueError | OSError | ModuleNotFoundError, file: Path) -> str:
+    """`<cause>; <what to do>`. An error that already carries its advice after a semicolon keeps it."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is not installed; install it with: pip install 'baltoro[train]'"
+    if not isinstance(error, OSError) or error.errno is None:
+        return text if ";" in text else f"{text}; correct {file} or the overrides"
+    cause = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{cause}; free some space and run the same command again: it resumes"
+    if isinstance(error, BlockingIOError):
+        return f"{cause}; another process uses this run folder: wait for it, stop it, or name another folder"
+    if isinstance(error, FileNotFoundError):
+        return f"{cause}; check the path in {file} and the overrides"
+    return f"{cause}; mend this and run the same command again: it resumes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The K2 language model."""
+
+import torch
+from torch import Tensor, nn
+
+from baltoro.model.attention import MLA, CachePlan, Segments
+from baltoro.model.config import TextConfig
+from baltoro.model.layers import Linear, RMSNorm, SwiGLU
+from baltoro.model.moe import MoE
+from baltoro.model.rope import cos_sin, inverse_frequencies
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = index < config.first_k_dense
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    inv_freq: Tensor
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        """x [T, dim] embeddings of packed documents -> normed states [T, dim]."""
+        cos, sin = cos_sin(segments.positions, self.inv_freq)
+        for layer in self.layers:
+            x = layer(x, cos, sin, segments)
+        return self.norm(x)
+
+    def extend(self, x: Tensor, cache: list[Tensor], plan: CachePlan) -> Tensor:
+        """x [T, dim] embeddings of new tokens of several sequences -> normed states [T, dim]; `cache` holds per layer
+        [slots, max_len, R + rope] and is extended in place."""
+        cos, sin = cos_sin(plan.positions, self.inv_freq)
+        for layer, kept in zip(self.layers, cache, strict=True):
+            x = x + layer.self_attn.extend(layer.input_layernorm(x), cos, sin, kept, plan)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """Names follow the released checkpoint: model.*, lm_head.*."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)

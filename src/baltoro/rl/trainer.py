@@ -1,0 +1,136 @@
+"""Reinforcement learning of one policy: rollouts by group, advantages against the group's mean, one Eq. 1 update.
+
+Nothing here knows what the episodes are: a rollout is a coroutine that ends in a trace, a reward reads the trace's
+signals. PARL is this loop with an orchestrator's traces and `ParlShaping`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from baltoro.agent.engine import Engine
+from baltoro.agent.loop import derive_seed
+from baltoro.agent.trace import Trace
+from baltoro.chat.messages import TokenSequence
+from baltoro.model.kimi import KimiK25
+from baltoro.rl.objective import ObjectiveConfig, group_advantages
+from baltoro.rl.update import Sample, UpdateReport, update
+from baltoro.serve.local import LocalEngine
+from baltoro.train.stage import optimizer_for
+from baltoro.train.state import Progress, load_state, save_state
+
+Rollout = Callable[[Engine, int, int], Awaitable[Trace]]
+"""(engine, task seed, episode seed) -> the finished episode: the task follows from the first, the draw from both."""
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """iterations of `tasks` groups of `rollouts` episodes (K of Eq. 1)."""
+
+    iterations: int
+    tasks: int
+    rollouts: int
+    lr: float
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trains: tuple[str, ...] = ("language_model", "vision_tower", "mm_projector")
+    weight_decay: float = 0.0
+    micro_tokens: int = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class IterationReport:
+    """groups: the episodes of every task with their rewards, in order."""
+
+    iteration: int
+    groups: list[list[tuple[Trace, float]]]
+    update: UpdateReport
+    tokens: int
+    seconds: float
+
+    def mean(self, value: Callable[[Trace], float]) -> float:
+        traces = [trace for group in self.groups for trace, _ in group]
+        return sum(map(value, traces)) / len(traces)
+
+    @property
+    def reward(self) -> float:
+        rewards = [reward for group in self.groups for _, reward in group]
+        return sum(rewards) / len(rewards)
+
+
+def run_rl(
+    name: str,
+    model: KimiK25,
+    policy_role: str,
+    engine: LocalEngine,
+    config: RLConfig,
+    rollout: Rollout,
+    reward: Callable[[Trace, int], float],
+    seed: int,
+    checkpoint: Path,
+    report: Callable[[IterationReport], None],
+) -> Progress:
+    """Train `model` in place; `engine` serves it under `policy_role` and whatever is frozen under other roles.
+
+    An iteration is a pure function of weights, seed and its number, so a run resumes exactly at the last finished one.
+    """
+    optimizer = optimizer_for(model, config.trains, config.weight_decay)
+    progress = Progress(name, 0, 0.0, 0)
+    if checkpoint.exists():
+        progress = load_state(checkpoint, model, optimizer)
+    begin = time.monotonic() - progress.seconds
+    tokens = progress.tokens
+    for iteration in range(progress.step, config.iterations):
+        engine.update(policy_role, model)
+        traces = asyncio.run(_roll_out(engine, config, rollout, derive_seed(seed, iteration)))
+        groups = [[(trace, reward(trace, iteration)) for trace in group] for group in traces]
+        samples = [s for group in groups for s in _samples(group)]
+        result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
+        tokens += sum(len(s.sequence.ids) for s in samples)
+        progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
+        save_state(checkpoint, model, optimizer, progress)
+        report(IterationReport(iteration + 1, groups, result, tokens, progress.seconds))
+    return progress
+
+
+async def _roll_out(engine: LocalEngine, config: RLConfig, rollout: Rollout, seed: int) -> list[list[Trace]]:
+    async def episode(group: int, k: int) -> Trace:
+        task = derive_seed(seed, group)
+        return await rollout(engine, task, derive_seed(task, k))
+
+    async with engine.run():
+        return await gather_grid([[episode(g, k) for k in range(config.rollouts)] for g in range(config.tasks)])
+
+
+T = TypeVar("T")
+
+
+async def gather_grid(grid: list[list[Awaitable[T]]]) -> list[list[T]]:
+    """All at once; a failure (ours, not a model's) cancels the rest."""
+
+    async def wait(job: Awaitable[T]) -> T:
+        return await job
+
+    async with asyncio.TaskGroup() as group:
+        running = [[group.create_task(wait(job)) for job in row] for row in grid]
+    return [[task.result() for task in row] for row in running]
+
+
+def _samples(group: list[tuple[Trace, float]]) -> list[Sample]:
+    """Every trainable trace of the episode carries its episode's advantage; failed rollouts teach nothing."""
+    usable = [(trace, reward) for trace, reward in group if trace.status != "failed"]
+    if not usable:
+        return []
+    advantages = group_advantages([reward for _, reward in usable])
+    return [
+        Sample(TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)), t.logprobs, advantage)
+        for (trace, _), advantage in zip(usable, advantages, strict=True)
+        for t in _tree(trace)
+        if t.trainable and sum(t.loss_mask)
+    ]
+
+
+def _tree(trace: Trace) -> list[Trace]:
+    return [trace, *(t for child in trace.children for t in _tree(child))]

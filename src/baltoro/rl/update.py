@@ -1,0 +1,72 @@
+"""One policy update from recorded traces."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from baltoro.chat.messages import TokenSequence
+from baltoro.data.packing import pack
+from baltoro.model.kimi import KimiK25
+from baltoro.optim.muon import MuonAdamW
+from baltoro.rl.objective import ObjectiveConfig, policy_loss
+from baltoro.train.stage import after_step
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One trace as the trainer needs it: exact tokens, loss mask, and the engine's log-probability of every token
+    (anything where the mask is 0)."""
+
+    sequence: TokenSequence
+    engine_logprobs: Sequence[float]
+    advantage: float
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    loss: float
+    grad_norm: float
+    outside: float
+    mismatch: float
+    tokens: int
+
+
+def update(
+    model: KimiK25, optimizer: MuonAdamW, samples: Sequence[Sample], lr: float, config: ObjectiveConfig, micro_tokens: int
+) -> UpdateReport:
+    """One MuonClip step on Eq. 1 over all samples, in micro-batches of about `micro_tokens` tokens.
+
+    Samples without advantage still count in N and feel the tau term.
+    """
+    model.train()
+    total = sum(sum(s.sequence.loss_mask) for s in samples)
+    loss = outside = mismatch = 0.0
+    for micro in _micro_batches(samples, micro_tokens):
+        batch = pack([s.sequence for s in micro], model.config.vision.patch_size)
+        logits = model.logits(model(batch.batch).index_select(0, batch.sources)).float()
+        logprobs = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+        marked = [(p, s.advantage) for s in micro for p, m in zip(s.engine_logprobs, s.sequence.loss_mask, strict=True) if m]
+        engine, advantages = torch.tensor(marked).unbind(1)
+        result = policy_loss(logprobs, engine, advantages, total, config)
+        result.loss.backward()
+        weight = len(marked) / total
+        loss += result.loss.item()
+        outside += result.outside * weight
+        mismatch += result.mismatch * weight
+    norm = optimizer.step(lr)
+    after_step(model, balance_rate=0.0)
+    return UpdateReport(loss, norm, outside, mismatch, total)
+
+
+def _micro_batches(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
+    """Samples of similar length together, so that little is padded."""
+    out: list[list[Sample]] = []
+    size = 0
+    for sample in sorted(samples, key=lambda s: len(s.sequence.ids)):
+        if not out or size + len(sample.sequence.ids) > micro_tokens:
+            out.append([])
+            size = 0
+        out[-1].append(sample)
+        size += len(sample.sequence.ids)
+    return out

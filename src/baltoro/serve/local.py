@@ -1,0 +1,227 @@
+"""The embedded engine: a torch model answering hundreds of agents in one process, by continuous batching.
+
+Requests join and leave the running batch between two tokens. A finished request's cache slot is kept until its place is
+needed, and an agent's next turn continues there: only the new tokens are read. The model runs on the event loop itself;
+so a program without real clocks or sockets is scheduled, batched and therefore computed the same way every time.
+"""
+
+import asyncio
+import contextlib
+import copy
+import random
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from baltoro.agent.engine import Completion, Sampling
+from baltoro.chat.messages import MediaItem, TokenSequence
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.model.attention import CachePlan
+from baltoro.model.kimi import KimiK25
+from baltoro.model.layers import Linear
+from baltoro.model.moe import Experts
+
+
+def snapshot(model: KimiK25) -> KimiK25:
+    """A frozen copy whose matrices are already in the compute dtype (norms and routers stay in float32)."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in frozen.modules():
+        if isinstance(module, Linear | Experts | nn.Embedding):
+            module.to(model.dtype)
+    return frozen
+
+
+@dataclass(eq=False)
+class _Request:
+    prompt: TokenSequence
+    sampling: Sampling
+    rng: random.Random
+    done: asyncio.Future[Completion]
+    slot: int = -1
+    read: int = 0  # tokens whose latents are in the cache
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class _Lane:
+    """One model with its cache: the slots, who is using them, and which finished contexts they still hold."""
+
+    def __init__(self, model: KimiK25, stop: int, slots: int, max_len: int):
+        self.model = model
+        self.stop = stop
+        self.max_len = max_len
+        text = model.config.text
+        width = text.kv_lora_rank + text.qk_rope_head_dim
+        device = model.language_model.lm_head.weight.device
+        self.cache = [
+            torch.zeros(slots, max_len, width, dtype=model.dtype, device=device) for _ in range(text.num_layers)
+        ]
+        self.free = list(range(slots))
+        self.kept: dict[tuple[int, ...], int] = {}  # finished context -> slot, oldest first
+        self.waiting: list[_Request] = []
+        self.running: list[_Request] = []
+
+    def admit(self) -> list[_Request]:
+        """Give waiting requests a slot, first of all one that already holds the beginning of their prompt."""
+        fresh: list[_Request] = []
+        while self.waiting and (self.free or self.kept):
+            request = self.waiting.pop(0)
+            request.slot, request.read = self._place(request.prompt.ids)
+            fresh.append(request)
+        return fresh
+
+    def _place(self, ids: list[int]) -> tuple[int, int]:
+        for end in range(len(ids) - 1, 0, -1):
+            # A kept context ends with a sampled stop token, so only those places are looked up.
+            if ids[end - 1] == self.stop:
+                slot = self.kept.pop(tuple(ids[:end]), None)
+                if slot is not None:
+                    return slot, end - 1  # the stop token itself was sampled but never read
+        if not self.free:
+            self.free.append(self.kept.pop(next(iter(self.kept))))
+        return self.free.pop(), 0
+
+    def release(self, request: _Request) -> None:
+        context = (*request.prompt.ids, *request.ids)
+        if context[-1] == self.stop and context not in self.kept:
+            self.kept[context] = request.slot
+        else:
+            self.free.append(request.slot)
+
+    def forget(self) -> None:
+        self.free += self.kept.values()
+        self.kept.clear()
+
+
+class LocalEngine:
+    """Serves one model per role. `run` must be entered before `generate` is awaited."""
+
+    def __init__(self, models: Mapping[str, KimiK25], tokenizer: Tokenizer, *, slots: int, max_len: int):
+        """models: by role; roles that share one model object share one batch and one cache. slots: sequences at once
+        per model. max_len: longest sequence, prompt and completion together."""
+        self.tokenizer = tokenizer
+        self.weight_version = 0
+        self.sampled_tokens = 0
+        lanes: dict[int, _Lane] = {}
+        self._lanes: dict[str, _Lane] = {}
+        for role, model in models.items():
+            if id(model) not in lanes:
+                lanes[id(model)] = _Lane(snapshot(model), tokenizer.im_end, slots, max_len)
+            self._lanes[role] = lanes[id(model)]
+        self._wake = asyncio.Event()
+
+    def update(self, role: str, model: KimiK25) -> None:
+        """New weights for a role, between turns; cached contexts of the old ones are dropped."""
+        lane = self._lanes[role]
+        assert not lane.running
+        lane.model = snapshot(model)
+        lane.forget()
+        self.weight_version += 1
+
+    async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
+        """Raises ValueError when prompt and completion cannot fit, KeyError for a role that has no model."""
+        lane = self._lanes[role]
+        if len(prompt.ids) + sampling.max_tokens > lane.max_len:
+            raise ValueError(f"{len(prompt.ids)} + {sampling.max_tokens} tokens exceed the engine's {lane.max_len}")
+        request = _Request(prompt, sampling, random.Random(sampling.seed), asyncio.get_running_loop().create_future())
+        lane.waiting.append(request)
+        self._wake.set()
+        return await request.done
+
+    @contextlib.asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as group:
+            driver = group.create_task(self._drive())
+            try:
+                yield
+            finally:
+                driver.cancel()
+
+    async def _drive(self) -> None:
+        lanes = list({id(lane): lane for lane in self._lanes.values()}.values())
+        while True:
+            if not any(lane.waiting or lane.running for lane in lanes):
+                self._wake.clear()
+                await self._wake.wait()
+            # Agents that were just answered get the chance to ask again before the next token is computed.
+            for _ in range(8):
+                await asyncio.sleep(0)
+            for lane in lanes:
+                self._step(lane)
+
+    @torch.inference_mode()
+    def _step(self, lane: _Lane) -> None:
+        """Read every newcomer's prompt, or else one token of everyone; then draw one token for each of these."""
+        for request in [r for r in lane.running if r.done.cancelled()]:
+            lane.running.remove(request)
+            lane.free.append(request.slot)
+        lane.waiting = [r for r in lane.waiting if not r.done.cancelled()]
+        active = lane.admit() or lane.running
+        if not active:
+            return
+        if active is not lane.running:
+            lane.running = lane.running + active
+        spans: list[tuple[int, int, int]] = []
+        ids: list[int] = []
+        media: list[MediaItem] = []
+        for r in active:
+            new = r.ids[-1:] if r.ids else r.prompt.ids[r.read :]
+            spans.append((r.slot, r.read, r.read + len(new)))
+            ids += new
+            if not r.ids and r.prompt.media:
+                media += _unread_media(r.prompt, r.read, lane.model.config.vision.merge, self.tokenizer.media_pad)
+            r.read += len(new)
+        model = lane.model
+        patches = torch.from_numpy(np.concatenate([m.patches for m in media])) if media else torch.empty(0)
+        x = model.embed(torch.tensor(ids), patches, [m.grid_thw for m in media])
+        hidden = model.language_model.model.extend(x, lane.cache, CachePlan(spans))
+        last = torch.tensor([b - a for _, a, b in spans]).cumsum(0) - 1
+        self._draw(model.logits(hidden[last]).float(), active)
+        for r in active:
+            stopped = r.ids[-1] == lane.stop
+            if stopped or len(r.ids) == r.sampling.max_tokens:
+                lane.running.remove(r)
+                lane.release(r)
+                reason = "stop" if stopped else "length"
+                r.done.set_result(Completion(r.ids, r.logprobs, reason, self.weight_version))
+
+    def _draw(self, logits: Tensor, active: list[_Request]) -> None:
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.argmax(-1)
+        warm = [i for i, r in enumerate(active) if r.sampling.temperature > 0]
+        if warm:
+            temperature = torch.tensor([active[i].sampling.temperature for i in warm])[:, None]
+            top_p = torch.tensor([active[i].sampling.top_p for i in warm])[:, None]
+            uniform = torch.tensor([active[i].rng.random() for i in warm], dtype=torch.float64)[:, None]
+            chosen[warm] = _sample(logits[warm] / temperature, top_p, uniform)
+        picked = logprobs.gather(-1, chosen[:, None])[:, 0].tolist()
+        for r, token, logprob in zip(active, chosen.tolist(), picked, strict=True):
+            r.ids.append(token)
+            r.logprobs.append(logprob)
+        self.sampled_tokens += len(active)
+
+
+def _sample(logits: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw, one given uniform number per row; with top_p < 1 from the smallest set of that mass."""
+    probabilities = logits.double().softmax(-1)
+    if bool((top_p < 1).any()):
+        ordered, order = probabilities.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    cumulative = probabilities.cumsum(-1)
+    target = uniform * cumulative[:, -1:]
+    return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _unread_media(prompt: TokenSequence, read: int, merge: int, pad: int) -> list[MediaItem]:
+    """The items whose placeholders stand behind the first `read` tokens."""
+    skip = prompt.ids[:read].count(pad)
+    for i, item in enumerate(prompt.media):
+        if skip == 0:
+            return prompt.media[i:]
+        _, h, w = item.grid_thw
+        skip -= (h // merge) * (w // merge)
+    return []

@@ -1,0 +1,106 @@
+"""Text-only demonstrations for supervised fine-tuning: what a careful agent does with the real tools, written by rule
+on training worlds. Token for token they have the shape that `agent.loop` produces."""
+
+import json
+import random
+from collections.abc import Sequence
+
+from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_result, user
+from baltoro.tools.search import SearchIndex, hit_lines
+from baltoro.world.entities import World
+from baltoro.world.tasks import WideSearch, row, wide_search
+
+SINGLE_PROMPT = "Tools: search, open."
+SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
+NOTICE = "Answer now."
+SUBAGENT = "reader"
+HITS = 2
+
+
+class Demonstrator:
+    """Demonstrations on one world; every draw comes from the generator that is passed in."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.index = SearchIndex.build(world.documents)
+        self.pages = {document.url: document for document in world.documents}
+        self.urls = {document.title: document.url for document in world.documents}
+
+    def subagent(self, rng: random.Random) -> list[Message]:
+        """One entity: search, open, answer with one row; `not found` for an entity that no page is about."""
+        task = wide_search(rng, self.world, 1, 1)
+        name = task.names[0]
+        messages = [system(_instruction(task)), user(name)]
+        if rng.random() < 0.05:
+            other = rng.choice([kind for kind in self.world.kinds]).entities
+            name = " ".join(w[::-1] for w in rng.choice(other).name.split())
+            messages = [system(_instruction(task)), user(name)]
+            self._search(messages, 0, name)
+            return [*messages, assistant("not found")]
+        self._search(messages, 0, name)
+        self._open(messages, 1, name)
+        return [*messages, assistant(row(name, task.gold[name], task.columns))]
+
+    def single(self, rng: random.Random, low: int, high: int) -> list[Message]:
+        """Entity after entity, with a note of each in the reasoning; sometimes told to answer before it is done."""
+        task = wide_search(rng, self.world, low, high)
+        messages = [system(SINGLE_PROMPT), user(task.prompt)]
+        notes: list[str] = []
+        cut = rng.randrange(2 * len(task.names)) if rng.random() < 0.3 else None
+        reasoning = ""
+        for i, name in enumerate(task.names):
+            self._search(messages, 2 * i, name, reasoning)
+            reasoning = ""
+            if cut == 2 * i:
+                break
+            self._open(messages, 2 * i + 1, name)
+            reasoning = row(name, task.gold[name], task.columns)
+            notes.append(reasoning)
+            if cut == 2 * i + 1:
+                break
+        if cut is not None:
+            messages.append(user(NOTICE))
+        return [*messages, assistant("\n".join(notes), reasoning=reasoning)]
+
+    def orchestrator(self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]) -> list[Message]:
+        """Subagents in cohorts of one width, drawn from `widths` as (width, weight), 0 for all at once; sometimes told
+        to answer before it is done."""
+        task = wide_search(rng, self.world, low, high)
+        width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
+        messages = [system(SWARM_PROMPT), user(task.prompt)]
+        create = _call("create_subagent", 0, name=SUBAGENT, system_prompt=_instruction(task))
+        messages += [assistant(tool_calls=(create,)), tool_result(create.id, f"created {SUBAGENT}")]
+        names = list(task.names)
+        if rng.random() < 0.2:
+            names = names[: rng.randrange(1, len(names) + 1)]
+        for begin in range(0, len(names), width):
+            cohort = names[begin : begin + width]
+            calls = tuple(
+                _call("assign_task", 1 + begin + i, agent=SUBAGENT, prompt=name) for i, name in enumerate(cohort)
+            )
+            messages.append(assistant(tool_calls=calls))
+            for call, name in zip(calls, cohort, strict=True):
+                messages.append(tool_result(call.id, row(name, task.gold[name], task.columns)))
+        if len(names) < len(task.names):
+            messages.append(user(NOTICE))
+        return [*messages, assistant("\n".join(row(n, task.gold[n], task.columns) for n in names))]
+
+    def _search(self, messages: list[Message], index: int, query: str, reasoning: str = "") -> None:
+        call = _call("search", index, query=query)
+        messages.append(assistant(reasoning=reasoning, tool_calls=(call,)))
+        messages.append(tool_result(call.id, hit_lines(self.index.search(query, HITS))))
+
+    def _open(self, messages: list[Message], index: int, name: str) -> None:
+        url = self.urls[name]
+        call = _call("open", index, url=url)
+        messages.append(assistant(tool_calls=(call,)))
+        messages.append(tool_result(call.id, *self.pages[url].body))
+
+
+def _instruction(task: WideSearch) -> str:
+    return f"Find {', '.join(task.columns)}."
+
+
+def _call(tool: str, index: int, **arguments: str) -> ToolCall:
+    text = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    return ToolCall(f"functions.{tool}:{index}", tool, text)

@@ -1,0 +1,30 @@
+"""Raw signals of the PARL reward (section 3), each in [0, 1]; `rl/shaping` weighs them, a task's scorer adds `perf`."""
+
+from baltoro.agent.trace import Trace
+
+
+def parallel(trace: Trace) -> float:
+    """r_parallel: the share of subtasks that did not wait for an earlier cohort; 0 without subtasks.
+
+    n agents in one stage give 1 - 1/n; n agents in n stages give 0, as does a single agent.
+    """
+    # The report names this term (an "instantiation reward" against serial collapse) and gives no closed form.
+    cohorts = sum(1 for stage in trace.stages if stage)
+    subtasks = len(trace.children)
+    return 1.0 - cohorts / subtasks if subtasks else 0.0
+
+
+def finish(trace: Trace) -> float:
+    """r_finish: the share of subagents that finished their subtask; 0 without subagents."""
+    # The report names this term (the "sub-agent finish rate") and does not say when a subagent has finished.
+    subtasks = trace.children
+    return sum(finished(child) for child in subtasks) / len(subtasks) if subtasks else 0.0
+
+
+def finished(child: Trace) -> bool:
+    """It answered of its own accord, and with something."""
+    return child.status == "completed" and child.final_text.strip().lower() not in ("", "not found")
+
+
+def with_swarm_signals(trace: Trace) -> Trace:
+    return trace.with_signals(parallel=parallel(trace), finish=finish(trace))

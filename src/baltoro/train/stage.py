@@ -1,0 +1,104 @@
+"""One loop for every stage that descends a loss: ViT, joint pre-training, long context, SFT (Table 3, 4.4.1)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baltoro.data.mixture import Mixture
+from baltoro.data.packing import pack
+from baltoro.model.kimi import KimiK25, routers
+from baltoro.optim.muon import MuonAdamW, MuonConfig
+from baltoro.optim.qk_clip import qk_clip
+from baltoro.optim.schedule import wsd
+from baltoro.train.losses import next_token_loss
+from baltoro.train.state import Progress, load_state, save_state
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """steps of `tokens` tokens each at peak learning rate `lr`. shares: share of tokens per data source. trains: name
+    prefixes of the parameters that learn."""
+
+    steps: int
+    tokens: int
+    lr: float
+    shares: dict[str, float]
+    trains: tuple[str, ...] = ("language_model", "vision_tower", "mm_projector")
+    warmup: int = 10
+    decay: float = 0.3
+    lr_floor: float = 0.1
+    weight_decay: float = 0.1
+    balance_rate: float = 1e-3
+    save_every_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+    clipped_heads: int
+
+
+def optimizer_for(model: KimiK25, trains: tuple[str, ...], weight_decay: float) -> MuonAdamW:
+    """MuonClip over the chosen parameters; the others are frozen."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(trains))
+    ns_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    return MuonAdamW(model.named_parameters(), MuonConfig(weight_decay=weight_decay), ns_dtype)
+
+
+def after_step(model: KimiK25, balance_rate: float) -> int:
+    """What follows every optimiser step: QK-Clip and the router bias. Returns the number of clipped heads."""
+    text = model.config.text
+    clipped = 0
+    for layer in model.language_model.model.layers:
+        attn = layer.self_attn
+        q = attn.q_proj if text.q_lora_rank is None else attn.q_b_proj
+        clipped += qk_clip(
+            q.weight, attn.kv_b_proj.weight, attn.max_logits, text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim
+        )
+    for router in routers(model):
+        router.balance(balance_rate)
+    return clipped
+
+
+def run_stage(
+    name: str,
+    model: KimiK25,
+    config: StageConfig,
+    mixture: Mixture,
+    checkpoint: Path,
+    report: Callable[[StepReport], None],
+) -> Progress:
+    """Train in place from wherever `checkpoint` stands; it is rewritten every `save_every_s` seconds and at the end."""
+    optimizer = optimizer_for(model, config.trains, config.weight_decay)
+    progress = Progress(name, 0, 0.0, 0)
+    if checkpoint.exists():
+        progress = load_state(checkpoint, model, optimizer)
+    model.train()
+    begin = time.monotonic() - progress.seconds
+    saved = time.monotonic()
+    tokens = progress.tokens
+    for step in range(progress.step, config.steps):
+        batch = pack(mixture.batch(step), model.config.vision.patch_size)
+        loss = next_token_loss(model, batch)
+        loss.backward()
+        lr = config.lr * wsd(step, config.steps, config.warmup, round(config.decay * config.steps), config.lr_floor)
+        norm = optimizer.step(lr)
+        clipped = after_step(model, config.balance_rate)
+        tokens += batch.tokens
+        seconds = time.monotonic() - begin
+        report(StepReport(step + 1, loss.item(), norm, lr, tokens, seconds, clipped))
+        progress = Progress(name, step + 1, seconds, tokens)
+        if time.monotonic() - saved > config.save_every_s:
+            save_state(checkpoint, model, optimizer, progress)
+            saved = time.monotonic()
+    save_state(checkpoint, model, optimizer, progress)
+    return progress

@@ -1,0 +1,89 @@
+"""A world of entities with attributes, and their pages; gold answers by construction.
+
+A world is a pure function of its seed and split. Entities of one kind have the same attributes; every page shows them
+in an order of its own. Facts differ from world to world, so nothing can be learned by heart: answers must be looked up.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baltoro.world.corpora import passage, words
+from baltoro.world.document import Document
+from baltoro.world.names import ATTRIBUTES, COLOURS, WORDS, Split, package_name, person_name
+
+LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0", "Apache Software License", "BSD", "ISC", "MPL-2.0", "LGPL", "PSF-2.0")
+PACKAGE_FIELDS = ("Version", "License", "Requires-Python")
+_PYTHONS = ("3", "3.6", "3.7", "3.8", "3.9", "3.10", "3.11", "3.8.1", "2.7")
+
+
+@dataclass(frozen=True)
+class Entity:
+    name: str
+    attributes: dict[str, str]
+
+    @property
+    def page(self) -> str:
+        """Its name, then one attribute a line."""
+        return "\n".join([self.name, *(f"{key}: {value}" for key, value in self.attributes.items())])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Entities that can stand in one table: they all have every attribute of `keys`."""
+
+    keys: tuple[str, ...]
+    entities: tuple[Entity, ...]
+
+
+class World:
+    """`kinds` of entities, and their pages with urls "0", "1", ..."""
+
+    def __init__(self, seed: int, split: Split, people_kinds: int = 3, package_kinds: int = 1, per_kind: int = 24):
+        rng = random.Random(f"world {seed} {split}")
+        self.kinds: list[Kind] = []
+        taken: set[str] = set()
+        for number in range(people_kinds + package_kinds):
+            people = number < people_kinds
+            keys = tuple(rng.sample(ATTRIBUTES, 5)) if people else PACKAGE_FIELDS
+            entities: list[Entity] = []
+            while len(entities) < per_kind:
+                name = person_name(rng, split) if people else package_name(rng, split, words())
+                if name not in taken:
+                    taken.add(name)
+                    entities.append(_person(rng, name, keys) if people else _package(rng, name))
+            self.kinds.append(Kind(keys, tuple(entities)))
+        pages = [entity for kind in self.kinds for entity in kind.entities]
+        rng.shuffle(pages)
+        self.documents = [Document(str(url), entity.name, (entity.page,)) for url, entity in enumerate(pages)]
+
+
+def _person(rng: random.Random, name: str, keys: Sequence[str]) -> Entity:
+    shown = list(keys)
+    rng.shuffle(shown)
+    return Entity(name, {key: _value(rng, key) for key in shown})
+
+
+def _value(rng: random.Random, key: str) -> str:
+    if key == "colour":
+        return rng.choice(COLOURS)
+    if key in ("age", "code"):
+        return str(rng.randrange(10, 100))
+    return rng.choice(WORDS)
+
+
+def _package(rng: random.Random, name: str) -> Entity:
+    """An invented software package: its page looks like real metadata and is made of real words."""
+    vocabulary = words()
+    values = {
+        "Version": ".".join(str(rng.randrange(rng.choice((4, 30)))) for _ in range(rng.choice((2, 3, 3, 3)))),
+        "Summary": passage(rng, 200).replace("\n", " ").strip()[:50].strip() or "A package",
+        "Home-page": f"https://{rng.choice(vocabulary)}.{rng.choice(('org', 'com', 'io'))}/{rng.choice(vocabulary)}",
+        "Author": f"{rng.choice(vocabulary).capitalize()} {rng.choice(vocabulary).capitalize()}",
+        "License": rng.choice(LICENSES),
+        "Requires-Python": f">={rng.choice(_PYTHONS)}",
+    }
+    keys = [key for key in values if key in PACKAGE_FIELDS or rng.random() < 0.4]
+    if rng.random() < 0.3:
+        rng.shuffle(keys)
+    return Entity(name, {key: values[key] for key in keys})

@@ -1,0 +1,37 @@
+"""Agent tasks on a world, each with its gold answer: wide search, deep search."""
+
+import random
+from dataclasses import dataclass
+
+from baltoro.world.entities import Entity, World
+
+Table = dict[str, dict[str, str]]
+"""Row name -> column -> value."""
+
+
+@dataclass(frozen=True)
+class WideSearch:
+    """A table of N entities by M attributes. `columns` are asked for in this order."""
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    gold: Table
+
+    @property
+    def prompt(self) -> str:
+        """Says what is wanted and nothing of how to go about it."""
+        return "\n".join((f"Find {', '.join(self.columns)}.", *self.names))
+
+
+def wide_search(rng: random.Random, world: World, low: int, high: int, columns: tuple[int, int] = (2, 3)) -> WideSearch:
+    """N in [low, high] entities of one kind, M in `columns` of their attributes."""
+    kind = rng.choice(world.kinds)
+    picked: list[Entity] = rng.sample(kind.entities, min(rng.randint(low, high), len(kind.entities)))
+    keys = tuple(rng.sample(kind.keys, rng.randint(*columns)))
+    gold = {entity.name: {key: entity.attributes[key] for key in keys} for entity in picked}
+    return WideSearch(tuple(gold), keys, gold)
+
+
+def row(name: str, values: dict[str, str], columns: tuple[str, ...]) -> str:
+    """One line of a table: `name | value | value`."""
+    return " | ".join((name, *(values[column] for column in columns)))

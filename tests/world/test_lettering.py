@@ -1,0 +1,44 @@
+import random
+
+import numpy as np
+import pytest
+
+from baltoro.world import lettering
+from baltoro.world.lettering import STEMS, ink, sample_lettering
+from baltoro.world.scenes import Split
+
+
+def drawn(split: Split) -> list[str]:
+    rng = random.Random(1)
+    return [sample_lettering(rng, split).text for _ in range(4000)]
+
+
+def test_splits_share_no_text_but_every_stem_in_both_places():
+    train, heldout = set(drawn("train")), set(drawn("heldout"))
+    assert not train & heldout
+    assert len(train | heldout) == len(STEMS) ** 2
+    for texts in (train, heldout):
+        for place in (0, 1):
+            assert {text.split(" ")[place] for text in texts} == set(STEMS)
+
+
+@pytest.mark.parametrize("font", lettering._FONTS)
+@pytest.mark.parametrize("pixels_high", lettering._PIXELS)
+def test_no_two_stems_look_alike(font: str, pixels_high: int):
+    pictures = [ink(stem, font, pixels_high) for stem in STEMS]
+    width = max(picture.shape[1] for picture in pictures)
+    padded = np.stack([np.pad(picture, ((0, 0), (0, width - picture.shape[1]))) for picture in pictures])
+    difference = np.abs(padded[:, None] - padded[None]).sum(axis=(2, 3))
+    assert difference[~np.eye(len(STEMS), dtype=bool)].min() > 20  # in full pixels
+    assert padded.sum(axis=(1, 2)).min() > 40
+
+
+def test_ink_stays_inside_and_stands_out():
+    rng = random.Random(3)
+    for _ in range(400):
+        pixels = sample_lettering(rng, "train").render(rng).pixels.astype(int)
+        ground = pixels[0, 0]
+        assert (pixels[[0, -1]] == ground).all()
+        assert (pixels[:, [0, -1]] == ground).all()
+        luminance = pixels @ np.array([0.299, 0.587, 0.114])
+        assert np.ptp(luminance) > 60
