@@ -98,6 +98,6 @@ class TokenSequence:
     """What a model reads: ids with expanded media placeholders, the media in order of their placeholders,
     and for training a loss mask of the same length as ids (1 where the token is a target)."""
 
-    ids: list[int] = field(default_factory=list)
-    media: list[MediaItem] = field(default_factory=list)
-    loss_mask: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list[int])
+    media: list[MediaItem] = field(default_factory=list[MediaItem])
+    loss_mask: list[int] = field(default_factory=list[int])

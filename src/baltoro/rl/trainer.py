@@ -7,7 +7,7 @@ signals. PARL is this loop with an orchestrator's traces and `ParlShaping`.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ class RLConfig:
     tasks: int
     rollouts: int
     lr: float
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig
     trains: tuple[str, ...] = ("language_model", "vision_tower", "mm_projector")
     weight_decay: float = 0.0
     micro_tokens: int = 8192
@@ -49,6 +49,11 @@ class IterationReport:
     update: UpdateReport
     tokens: int
     seconds: float
+
+    def mean_of(self, signal: str) -> float:
+        """Over the episodes that have the signal."""
+        values = [t.signals[signal] for group in self.groups for t, _ in group if signal in t.signals]
+        return sum(values) / len(values) if values else 0.0
 
     def mean(self, value: Callable[[Trace], float]) -> float:
         traces = [trace for group in self.groups for trace, _ in group]
@@ -101,7 +106,11 @@ async def _roll_out(engine: LocalEngine, config: RLConfig, rollout: Rollout, see
         return await rollout(engine, task, derive_seed(task, k))
 
     async with engine.run():
-        return await gather_grid([[episode(g, k) for k in range(config.rollouts)] for g in range(config.tasks)])
+        traces = await gather_grid([[episode(g, k) for k in range(config.rollouts)] for g in range(config.tasks)])
+    for trace in (t for group in traces for t in group):
+        if trace.status == "failed":  # the engine is ours: its failure is no property of the policy
+            raise RuntimeError(f"a rollout failed: {trace.error}")
+    return traces
 
 
 T = TypeVar("T")
@@ -119,14 +128,11 @@ async def gather_grid(grid: list[list[Awaitable[T]]]) -> list[list[T]]:
 
 
 def _samples(group: list[tuple[Trace, float]]) -> list[Sample]:
-    """Every trainable trace of the episode carries its episode's advantage; failed rollouts teach nothing."""
-    usable = [(trace, reward) for trace, reward in group if trace.status != "failed"]
-    if not usable:
-        return []
-    advantages = group_advantages([reward for _, reward in usable])
+    """Every trainable trace of an episode carries the episode's advantage."""
+    advantages = group_advantages([reward for _, reward in group])
     return [
         Sample(TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)), t.logprobs, advantage)
-        for (trace, _), advantage in zip(usable, advantages, strict=True)
+        for (trace, _), advantage in zip(group, advantages, strict=True)
         for t in _tree(trace)
         if t.trainable and sum(t.loss_mask)
     ]

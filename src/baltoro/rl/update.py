@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from baltoro.chat.messages import TokenSequence
-from baltoro.data.packing import pack
+from baltoro.train.packing import pack
 from baltoro.model.kimi import KimiK25
 from baltoro.optim.muon import MuonAdamW
 from baltoro.rl.objective import ObjectiveConfig, policy_loss

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baltoro.data.packing import TrainingBatch
+from baltoro.train.packing import TrainingBatch
 from baltoro.model.kimi import KimiK25
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from baltoro.data.mixture import Mixture
-from baltoro.data.packing import pack
+from baltoro.train.packing import pack
 from baltoro.model.kimi import KimiK25, routers
 from baltoro.optim.muon import MuonAdamW, MuonConfig
 from baltoro.optim.qk_clip import qk_clip

@@ -39,7 +39,7 @@ class Kind:
 class World:
     """`kinds` of entities, and their pages with urls "0", "1", ..."""
 
-    def __init__(self, seed: int, split: Split, people_kinds: int = 3, package_kinds: int = 1, per_kind: int = 24):
+    def __init__(self, seed: int, split: Split, people_kinds: int = 3, package_kinds: int = 1, per_kind: int = 20):
         rng = random.Random(f"world {seed} {split}")
         self.kinds: list[Kind] = []
         taken: set[str] = set()

@@ -1,0 +1,63 @@
+"""Training examples from the built-in world and from real text, as token sequences with loss masks."""
+
+import random
+
+from baltoro.chat.media import MediaSpec
+from baltoro.chat.messages import Message, TokenSequence, assistant, user
+from baltoro.chat.render import render
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.world.corpora import passage
+from baltoro.world.entities import World
+from baltoro.world.tasks import row
+from baltoro.world.vision import VISION_TASKS, VisionExample
+
+_VISION = list(VISION_TASKS.values())
+
+
+class Sources:
+    """Draws examples; every method takes the generator that decides all of the draw."""
+
+    def __init__(self, tokenizer: Tokenizer, media: MediaSpec, passage_tokens: int):
+        self.tokenizer = tokenizer
+        self.media = media
+        self.passage_tokens = passage_tokens
+
+    def chat(self, messages: list[Message]) -> TokenSequence:
+        return render(messages, self.tokenizer, self.media)
+
+    def text(self, rng: random.Random) -> TokenSequence:
+        """Real English and code; every token is a target."""
+        ids = self.tokenizer.encode(passage(rng, 5 * self.passage_tokens))[: self.passage_tokens]
+        return TokenSequence(ids, [], [1] * len(ids))
+
+    def restated(self, rng: random.Random, world: World) -> TokenSequence:
+        """Facts and the same facts again in another order or form: a page and its lines shuffled, a table and its
+        rows shuffled, a list and its copy. Only the second time is a target, for only then the text is known."""
+        kind = rng.choice(world.kinds)
+        chosen = rng.sample(kind.entities, rng.randint(2, 8))
+        form = rng.random()
+        if form < 0.3:
+            page = chosen[0].page.split("\n")
+            first, second = page, rng.sample(page[1:], len(page) - 1)
+        elif form < 0.8:
+            columns = tuple(rng.sample(kind.keys, rng.randint(1, 3)))
+            first = [row(e.name, e.attributes, columns) for e in chosen]
+            second = rng.sample(first, len(first))
+        else:
+            first = second = [e.name for e in chosen]
+        known, again = ("\n".join(lines) + "\n" for lines in (first, second))
+        before, after = self.tokenizer.encode(known), self.tokenizer.encode(again)
+        return TokenSequence(before + after, [], [0] * len(before) + [1] * len(after))
+
+    def caption(self, rng: random.Random) -> TokenSequence:
+        """Picture or clip -> its full description (alt text, boxes, lettering)."""
+        example = self._example(rng)
+        return self.chat([user(example.media), assistant(example.caption)])
+
+    def question(self, rng: random.Random) -> TokenSequence:
+        """Picture or clip and a question -> the short answer."""
+        example = self._example(rng)
+        return self.chat([user(example.media, example.question), assistant(example.answer)])
+
+    def _example(self, rng: random.Random) -> VisionExample:
+        return rng.choice(_VISION).sample(rng, "train")

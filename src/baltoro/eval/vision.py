@@ -1,0 +1,62 @@
+"""Held-out visual questions, answered in one turn; every score stands beside its chance level."""
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+from baltoro.agent.engine import Engine, Sampling
+from baltoro.agent.loop import Limits, run_agent
+from baltoro.chat.media import MediaSpec
+from baltoro.chat.messages import user
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.world.vision import VISION_TASKS, VisionExample, chance
+
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    example: VisionExample
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class VisionResult:
+    """accuracy: mean score by the task's own measure (exact for words, soft for boxes, points, outlines, lettering and
+    counts); chance: the same measure for the best blind strategy."""
+
+    accuracy: float
+    chance: float
+    n: int
+    answered: list[Answered]
+
+
+async def evaluate_vision(
+    engine: Engine, tokenizer: Tokenizer, media: MediaSpec, role: str, n: int, seed: int
+) -> dict[str, VisionResult]:
+    """n held-out examples per task, greedy."""
+    results: dict[str, VisionResult] = {}
+    for task in VISION_TASKS.values():
+        rng = random.Random(f"{seed} {task.name}")
+        examples = [task.sample(rng, "heldout") for _ in range(n)]
+        texts = await asyncio.gather(*(answer(engine, tokenizer, media, role, example) for example in examples))
+        answered = [Answered(e, t, task.score(t, e.gold)) for e, t in zip(examples, texts, strict=True)]
+        mean = sum(a.score for a in answered) / n
+        results[task.name] = VisionResult(mean, chance(task, n, seed), n, answered)
+    return results
+
+
+async def answer(engine: Engine, tokenizer: Tokenizer, media: MediaSpec, role: str, example: VisionExample) -> str:
+    trace = await run_agent(
+        engine,
+        tokenizer,
+        media,
+        role=role,
+        messages=[user(example.media, example.question)],
+        tools=[],
+        limits=Limits(max_turns=1, max_context_tokens=512, max_turn_tokens=ANSWER_TOKENS),
+        sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0),
+        declare_tools=False,
+    )
+    return trace.final_text

@@ -1,0 +1,370 @@
+"""The whole recipe of the report in one command: ViT, joint pre-training, long context, zero-vision SFT, joint RL, PARL,
+evaluation, report. Every stage leaves one checkpoint; run again, a finished stage is loaded and an unfinished one goes
+on where it stopped."""
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baltoro.agent.engine import Engine, Sampling
+from baltoro.agent.loop import Limits, derive_seed, run_agent
+from baltoro.agent.trace import Trace
+from baltoro.chat.media import MediaSpec
+from baltoro.chat.messages import Message, user
+from baltoro.chat.render import render
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.data.mixture import Mixture, Source
+from baltoro.data.sources import Sources
+from baltoro.eval.evaluation import EvaluationConfig, evaluate
+from baltoro.model.config import PRESETS, ModelConfig, Yarn
+from baltoro.model.init import induction_heads, initialise
+from baltoro.model.kimi import KimiK25, count_parameters
+from baltoro.report.html import write_report as write_html
+from baltoro.report.progress import Progress as Display
+from baltoro.report.run_folder import RunFolder
+from baltoro.rl.shaping import ParlShaping
+from baltoro.rl.trainer import IterationReport, RLConfig, Rollout, run_rl
+from baltoro.serve.live import LivePrompt
+from baltoro.serve.local import LocalEngine
+from baltoro.swarm.critical import critical_steps, parallelism
+from baltoro.swarm.demonstrations import Demonstrator
+from baltoro.swarm.wide import Library, WideRules, solve
+from baltoro.train.machine import prepare_machine
+from baltoro.train.stage import StageConfig, StepReport, run_stage
+from baltoro.train.state import read_progress
+from baltoro.world.entities import World
+from baltoro.world.lexicon import lexicon
+from baltoro.world.tasks import wide_search
+from baltoro.world.vision import VISION_TASKS
+
+
+@dataclass(frozen=True)
+class ParlConfig:
+    """PARL: `entities` bounds the rows of a training task, `budget` its critical steps."""
+
+    rl: RLConfig
+    shaping: ParlShaping
+    entities: tuple[int, int]
+    budget: int
+
+
+@dataclass(frozen=True)
+class AgentsConfig:
+    """single, cohort: bounds on the entities of a demonstration; widths: (width, weight) of the cohorts that SFT shows,
+    width 0 for all at once."""
+
+    single: tuple[int, int]
+    cohort: tuple[int, int]
+    widths: tuple[tuple[int, float], ...]
+    rules: WideRules
+    slots: int
+
+
+@dataclass(frozen=True)
+class LongContextConfig:
+    stage: StageConfig
+    yarn: Yarn
+    single: tuple[int, int]
+    cohort: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
+    bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`."""
+
+    folder: Path
+    seed: int
+    threads: int
+    dtype: str
+    model: str
+    vocab_size: int
+    induction: bool
+    media: MediaSpec
+    passage_tokens: int
+    agents: AgentsConfig
+    vit: StageConfig
+    projector: StageConfig
+    pretrain: StageConfig
+    longctx: LongContextConfig
+    sft: StageConfig
+    rl: RLConfig
+    parl: ParlConfig
+    evaluation: EvaluationConfig
+    expected_s: dict[str, float]
+
+
+_LEARNS = {
+    "vit": "the vision tower learns to describe pictures and clips",
+    "projector": "only the projector learns, to fit the tower to the language model",
+    "pretrain": "text and vision together, at one constant ratio",
+    "longctx": "the same with longer contexts, stretched by YaRN",
+    "sft": "text-only demonstrations of tools and agents (zero-vision SFT)",
+    "rl": "joint reinforcement learning on pictures and look-ups",
+    "parl": "the orchestrator learns when to work in parallel; subagents are frozen",
+    "evaluation": "held-out tasks",
+}
+
+
+class Run:
+    """One run of the recipe: its folder, tokenizer, model and display. Methods are the stages, in order."""
+
+    def __init__(self, config: RecipeConfig, folder: RunFolder, display: Display):
+        self.config = config
+        self.folder = folder
+        self.display = display
+        self.dtype = prepare_machine(config.threads, config.dtype)
+        self.tokenizer = self._tokenizer()
+        base = PRESETS[config.model]
+        self.model_config = dataclasses.replace(
+            base, text=dataclasses.replace(base.text, vocab_size=self.tokenizer.vocab_size)
+        )
+        self.model = self._fresh(self.model_config)
+        self.sources = Sources(self.tokenizer, config.media, config.passage_tokens)
+        self.live = self._live_prompt()
+        self._shown = float("-inf")
+
+    def _tokenizer(self) -> Tokenizer:
+        path = self.folder.path / "tokenizer.tiktoken"
+        if path.exists():
+            return Tokenizer.load(path)
+        rng = random.Random(f"tokenizer {self.config.seed}")
+        dialogues: list[list[Message]] = []
+        for number in range(12):
+            demonstrator = Demonstrator(World(number, "train"))
+            dialogues += [demonstrator.subagent(rng) for _ in range(40)]
+            dialogues += [demonstrator.single(rng, 2, 6) for _ in range(6)]
+            dialogues += [demonstrator.orchestrator(rng, 2, 12, [(1, 1.0), (0, 1.0)]) for _ in range(6)]
+        tokenizer = Tokenizer.train(list(lexicon(dialogues, rng)), self.config.vocab_size)
+        with self.folder.replacing(path) as scratch:
+            tokenizer.save(scratch)
+        return tokenizer
+
+    def _live_prompt(self) -> LivePrompt:
+        rng = random.Random("live")
+        messages = Demonstrator(World(0, "heldout")).subagent(rng)
+        prompt = render(messages[:-1], self.tokenizer, self.config.media, add_generation_prompt=True)
+        return LivePrompt(f"{messages[0].text} {messages[1].text}", prompt)
+
+    def _fresh(self, config: ModelConfig) -> KimiK25:
+        model = KimiK25(config, self.tokenizer.media_pad, self.dtype)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        initialise(model, generator)
+        if self.config.induction:
+            induction_heads(model, generator)
+        return model
+
+    def descend(self, name: str, stage: StageConfig, sources: Callable[[random.Random], Mapping[str, Source]]) -> None:
+        """One supervised stage over a mixture of sources."""
+        checkpoint = self.folder.checkpoint(name)
+        done = read_progress(checkpoint).step if checkpoint.exists() else 0
+        self.folder.begin_stage(name, done)
+        self.display.stage(name, _LEARNS[name], stage.steps, done)
+        mixture = Mixture(sources, stage.shares, stage.tokens, derive_seed(self.config.seed, *name.encode()))
+
+        def report(step: StepReport) -> None:
+            self.folder.log(name, **dataclasses.asdict(step))
+            self._show(name, step.step, {"loss": step.loss, "tokens/s": step.tokens / step.seconds})
+
+        progress = run_stage(name, self.model, stage, mixture, checkpoint, report)
+        self.folder.end_stage(name, _LEARNS[name], progress.seconds, progress.tokens, "loss")
+
+    def _show(self, name: str, done: int, metrics: dict[str, float]) -> None:
+        if time.monotonic() - self._shown > 10:
+            text = self.live.complete(self.model, self.tokenizer)
+            self.display.live(text)
+            self.folder.log_live(name, done, text)
+            self._shown = time.monotonic()
+        self.display.update(done, metrics)
+
+    def text_sources(
+        self, rng: random.Random, single: tuple[int, int], cohort: tuple[int, int], widths: tuple[tuple[int, float], ...]
+    ) -> dict[str, Source]:
+        """The sources of one step; they share one training world."""
+        world = World(rng.randrange(2**31), "train")
+        demonstrator = Demonstrator(world)
+        chat = self.sources.chat
+        return {
+            "text": self.sources.text,
+            "restated": lambda r: self.sources.restated(r, world),
+            "caption": self.sources.caption,
+            "question": self.sources.question,
+            "subagent": lambda r: chat(demonstrator.subagent(r)),
+            "single": lambda r: chat(demonstrator.single(r, *single)),
+            "orchestrator": lambda r: chat(demonstrator.orchestrator(r, *cohort, widths)),
+        }
+
+    def supervised(self) -> None:
+        c = self.config
+        agents = c.agents
+        short = (2, 4)
+        even = ((1, 0.5), (0, 0.5))
+
+        def pretraining(rng: random.Random) -> dict[str, Source]:
+            return self.text_sources(rng, (1, 3), short, even)
+
+        self.descend("vit", c.vit, pretraining)
+        self.descend("projector", c.projector, pretraining)
+        self.descend("pretrain", c.pretrain, pretraining)
+        self._stretch(c.longctx.yarn)
+        self.descend(
+            "longctx", c.longctx.stage, lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, even)
+        )
+        self.descend("sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths))
+
+    def _stretch(self, yarn: Yarn) -> None:
+        """The same weights under YaRN's frequencies and softmax scale."""
+        self.model_config = dataclasses.replace(
+            self.model_config, text=dataclasses.replace(self.model_config.text, yarn=yarn)
+        )
+        stretched = KimiK25(self.model_config, self.tokenizer.media_pad, self.dtype)
+        stretched.load_state_dict(self.model.state_dict())
+        self.model = stretched
+
+    def engine(self, models: dict[str, KimiK25]) -> LocalEngine:
+        agents = self.config.agents
+        return LocalEngine(models, self.tokenizer, slots=agents.slots, max_len=agents.rules.max_context_tokens)
+
+    def joint_rl(self) -> None:
+        """Outcome rewards on pictures and on look-ups together (2.3)."""
+        config = self.config.rl
+        tasks = list(VISION_TASKS.values())
+        rules = self.config.agents.rules
+
+        async def rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
+            rng = random.Random(task_seed)
+            if rng.random() < 0.25:
+                world = World(rng.randrange(2**31), "train")
+                trace = await solve(
+                    engine,
+                    self.tokenizer,
+                    self.config.media,
+                    wide_search(rng, world, 1, 2),
+                    Library(world.documents),
+                    mode="single",
+                    critical_steps=8,
+                    sampling=Sampling(rules.max_turn_tokens, seed=episode_seed),
+                    rules=rules,
+                    role="policy",
+                )
+                return trace.with_signals(text=trace.signals["perf"])
+            task = rng.choice(tasks)
+            example = task.sample(rng, "train")
+            trace = await run_agent(
+                engine,
+                self.tokenizer,
+                self.config.media,
+                role="policy",
+                messages=[user(example.media, example.question)],
+                tools=[],
+                limits=Limits(max_turns=1, max_context_tokens=512, max_turn_tokens=24),
+                sampling=Sampling(24, seed=episode_seed),
+                declare_tools=False,
+                trainable=True,
+            )
+            score = task.score(trace.final_text, example.gold)
+            return trace.with_signals(perf=score, vision=score)
+
+        def record(report: IterationReport) -> dict[str, float]:
+            return {"vision_reward": report.mean_of("vision"), "text_reward": report.mean_of("text")}
+
+        self._reinforce("rl", config, self.model, {}, "policy", rollout, lambda t, _: t.signals["perf"], record)
+
+    def parl(self) -> None:
+        """A trainable orchestrator over subagents frozen at the weights it starts from (section 3)."""
+        config = self.config.parl
+        frozen = KimiK25(self.model_config, self.tokenizer.media_pad, self.dtype)
+        frozen.load_state_dict(self.model.state_dict())
+        iterations = config.rl.iterations
+
+        def record(report: IterationReport) -> dict[str, float]:
+            first, second = config.shaping.lambdas(report.iteration - 1, iterations)
+            return {
+                "accuracy": report.mean_of("perf"),
+                "parallelism": report.mean(parallelism),
+                "critical_steps": report.mean(critical_steps),
+                "finish": report.mean_of("finish"),
+                "lambda_parallel": first,
+                "lambda_finish": second,
+            }
+
+        self._reinforce(
+            "parl",
+            config.rl,
+            self.model,
+            {"subagent": frozen},
+            "orchestrator",
+            self._parl_rollout,
+            lambda trace, iteration: config.shaping.reward(trace.signals, iteration, iterations),
+            record,
+        )
+
+    def _reinforce(
+        self,
+        name: str,
+        config: RLConfig,
+        model: KimiK25,
+        frozen: dict[str, KimiK25],
+        role: str,
+        rollout: Rollout,
+        reward: Callable[[Trace, int], float],
+        record: Callable[[IterationReport], dict[str, float]],
+    ) -> None:
+        checkpoint = self.folder.checkpoint(name)
+        done = read_progress(checkpoint).step if checkpoint.exists() else 0
+        self.folder.begin_stage(name, done)
+        self.display.stage(name, _LEARNS[name], config.iterations, done)
+        engine = self.engine({role: model, **frozen})
+
+        def report(iteration: IterationReport) -> None:
+            numbers = {"reward": iteration.reward, **record(iteration)}
+            update = iteration.update
+            self.folder.log(
+                name,
+                step=iteration.iteration,
+                seconds=iteration.seconds,
+                tokens=iteration.tokens,
+                **numbers,
+                loss=update.loss,
+                grad_norm=update.grad_norm,
+                outside=update.outside,
+                mismatch=update.mismatch,
+            )
+            self._show(name, iteration.iteration, numbers)
+
+        progress = run_rl(
+            name,
+            model,
+            role,
+            engine,
+            config,
+            rollout,
+            reward,
+            derive_seed(self.config.seed, *name.encode()),
+            checkpoint,
+            report,
+        )
+        self.folder.end_stage(name, _LEARNS[name], progress.seconds, progress.tokens, "reward")
+
+    async def _parl_rollout(self, engine: Engine, task_seed: int, episode_seed: int) -> Trace:
+        config = self.config.parl
+        rng = random.Random(task_seed)
+        world = World(rng.randrange(2**31), "train")
+        return await solve(
+            engine,
+            self.tokenizer,
+            self.config.media,
+            wide_search(rng, world, *config.entities),
+            Library(world.documents),
+            mode="swarm",
+            critical_steps=config.budget,
+            sampling=Sampling(self.config.agents.rules.max_turn_tokens, seed=episode_seed),
+            rules=self.config.agents.rules,
+            role="orchestrator",
+        )

@@ -1,0 +1,35 @@
+"""Settings of the process that decide speed and reproducibility."""
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def prepare_machine(threads: int, dtype: str) -> torch.dtype:
+    """Fix the thread count (results are bitwise reproducible for one count) and choose the compute dtype.
+
+    dtype "auto" is bfloat16 where the processor multiplies it in hardware, else float32. Raises ValueError for an
+    unknown dtype.
+    """
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    if platform.libc_ver()[0] == "glibc":
+        # By default every large tensor is a fresh mapping, and page faults cost more than the arithmetic on it.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.bfloat16 if _has_bfloat16() else torch.float32
+    if dtype not in choices:
+        raise ValueError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
+    return choices[dtype]
+
+
+def _has_bfloat16() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
