@@ -1,10 +1,12 @@
-"""The whole recipe of the report in one command: ViT, joint pre-training, long context, zero-vision SFT, joint RL, PARL,
-evaluation, report. Every stage leaves one checkpoint; run again, a finished stage is loaded and an unfinished one goes
-on where it stopped."""
+"""The whole recipe of the report in one command: ViT, joint pre-training, long context, zero-vision SFT, joint RL,
+PARL, evaluation, report. Every stage leaves one checkpoint; run again, a finished stage is loaded and an unfinished
+one goes on where it stopped."""
 
 import asyncio
 import dataclasses
+import os
 import random
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,15 +21,19 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message, user
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
+from baltoro.config import dump
 from baltoro.data.mixture import Mixture, Source
 from baltoro.data.sources import Sources
-from baltoro.eval.evaluation import EvaluationConfig, evaluate
+from baltoro.eval.evaluation import Evaluation, EvaluationConfig, evaluate
+from baltoro.eval.record import episode, gallery
+from baltoro.eval.wide import WideResult, evaluate_wide, held_out_jobs
 from baltoro.model.config import PRESETS, ModelConfig, Yarn
 from baltoro.model.init import induction_heads, initialise
 from baltoro.model.kimi import KimiK25, count_parameters
+from baltoro.report.headline import headline
 from baltoro.report.html import write_report as write_html
 from baltoro.report.progress import Progress as Display
-from baltoro.report.run_folder import RunFolder
+from baltoro.report.run_folder import RunFolder, commit
 from baltoro.rl.shaping import ParlShaping
 from baltoro.rl.trainer import IterationReport, RLConfig, Rollout, run_rl
 from baltoro.serve.live import LivePrompt
@@ -37,7 +43,8 @@ from baltoro.swarm.demonstrations import Demonstrator
 from baltoro.swarm.wide import Library, WideRules, solve
 from baltoro.train.machine import prepare_machine
 from baltoro.train.stage import StageConfig, StepReport, run_stage
-from baltoro.train.state import read_progress
+from baltoro.train.state import load_state, read_progress
+from baltoro.world.corpora import FIELDS, folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
 from baltoro.world.tasks import wide_search
@@ -77,7 +84,8 @@ class LongContextConfig:
 @dataclass(frozen=True)
 class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
-    bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`."""
+    bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
+    a folder of text; without it, Python's own documentation and library."""
 
     folder: Path
     seed: int
@@ -98,6 +106,7 @@ class RecipeConfig:
     parl: ParlConfig
     evaluation: EvaluationConfig
     expected_s: dict[str, float]
+    corpus: Path | None = None
 
 
 _LEARNS = {
@@ -115,18 +124,19 @@ _LEARNS = {
 class Run:
     """One run of the recipe: its folder, tokenizer, model and display. Methods are the stages, in order."""
 
-    def __init__(self, config: RecipeConfig, folder: RunFolder, display: Display):
+    def __init__(self, config: RecipeConfig, folder: RunFolder, display: Display, tokenizer: Tokenizer | None = None):
         self.config = config
         self.folder = folder
         self.display = display
         self.dtype = prepare_machine(config.threads, config.dtype)
-        self.tokenizer = self._tokenizer()
+        self.corpus = folder_corpus(config.corpus) if config.corpus else python_corpus()
+        self.tokenizer = tokenizer or self._tokenizer()
         base = PRESETS[config.model]
         self.model_config = dataclasses.replace(
             base, text=dataclasses.replace(base.text, vocab_size=self.tokenizer.vocab_size)
         )
         self.model = self._fresh(self.model_config)
-        self.sources = Sources(self.tokenizer, config.media, config.passage_tokens)
+        self.sources = Sources(self.tokenizer, config.media, self.corpus, config.passage_tokens)
         self.live = self._live_prompt()
         self._shown = float("-inf")
 
@@ -141,7 +151,7 @@ class Run:
             dialogues += [demonstrator.subagent(rng) for _ in range(40)]
             dialogues += [demonstrator.single(rng, 2, 6) for _ in range(6)]
             dialogues += [demonstrator.orchestrator(rng, 2, 12, [(1, 1.0), (0, 1.0)]) for _ in range(6)]
-        tokenizer = Tokenizer.train(list(lexicon(dialogues, rng)), self.config.vocab_size)
+        tokenizer = Tokenizer.train(list(lexicon(dialogues, self.corpus, rng)), self.config.vocab_size)
         with self.folder.replacing(path) as scratch:
             tokenizer.save(scratch)
         return tokenizer
@@ -184,7 +194,11 @@ class Run:
         self.display.update(done, metrics)
 
     def text_sources(
-        self, rng: random.Random, single: tuple[int, int], cohort: tuple[int, int], widths: tuple[tuple[int, float], ...]
+        self,
+        rng: random.Random,
+        single: tuple[int, int],
+        cohort: tuple[int, int],
+        widths: tuple[tuple[int, float], ...],
     ) -> dict[str, Source]:
         """The sources of one step; they share one training world."""
         world = World(rng.randrange(2**31), "train")
@@ -212,14 +226,15 @@ class Run:
         self.descend("vit", c.vit, pretraining)
         self.descend("projector", c.projector, pretraining)
         self.descend("pretrain", c.pretrain, pretraining)
-        self._stretch(c.longctx.yarn)
+        self.stretch()
         self.descend(
             "longctx", c.longctx.stage, lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, even)
         )
         self.descend("sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths))
 
-    def _stretch(self, yarn: Yarn) -> None:
+    def stretch(self) -> None:
         """The same weights under YaRN's frequencies and softmax scale."""
+        yarn = self.config.longctx.yarn
         self.model_config = dataclasses.replace(
             self.model_config, text=dataclasses.replace(self.model_config.text, yarn=yarn)
         )
@@ -368,3 +383,139 @@ class Run:
             rules=self.config.agents.rules,
             role="orchestrator",
         )
+
+    def evaluate(self) -> None:
+        """Held-out tasks with the final weights; the orchestrator's width before and after PARL by the same tasks."""
+        config = self.config.evaluation
+        begin = time.monotonic()
+        self.display.stage("evaluation", _LEARNS["evaluation"], 2)
+        before = self._load("rl")
+        after = self._load("parl")
+        rules, seed = self.config.agents.rules, self.config.seed
+
+        async def run() -> tuple[WideResult, Evaluation]:
+            start = self.engine({"orchestrator": before, "subagent": before})
+            async with start.run():
+                jobs = held_out_jobs(config.wide_n, *config.entities, seed)
+                first = await evaluate_wide(
+                    start,
+                    self.tokenizer,
+                    self.config.media,
+                    jobs,
+                    mode="swarm",
+                    role="orchestrator",
+                    budget=config.budget,
+                    rules=rules,
+                    seed=seed,
+                    temperature=1.0,
+                )
+            self.display.update(1, {"parallelism before PARL": first.parallelism})
+            engine = self.engine({"orchestrator": after, "agent": after, "subagent": before})
+            async with engine.run():
+                return first, await evaluate(engine, self.tokenizer, self.config.media, config, rules, seed)
+
+        first, final = asyncio.run(run())
+        self.display.update(2, {mode: result.item_f1 for mode, result in final.wide.items()})
+        self._record(first, final, time.monotonic() - begin)
+
+    def _load(self, stage: str) -> KimiK25:
+        model = KimiK25(self.model_config, self.tokenizer.media_pad, self.dtype)
+        load_state(self.folder.checkpoint(stage), model)
+        return model
+
+    def _record(self, first: WideResult, final: Evaluation, seconds: float) -> None:
+        config = self.config.evaluation
+        folder = self.folder
+        parl = folder.metrics("parl")
+        rl = folder.metrics("rl")
+        total, active = count_parameters(self.model)
+        stages = folder.results["stages"]
+        folder.update(
+            name=folder.path.name,
+            command=f"baltoro recipe configs/{self.config.model}.toml",
+            wall_s=sum(stage["wall_s"] for stage in stages.values()) + seconds,
+            evaluation_s=seconds,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            cores=os.cpu_count(),
+            threads=self.config.threads,
+            dtype=str(self.dtype).removeprefix("torch."),
+            seed=self.config.seed,
+            commit=commit(),
+            model={"parameters": total, "active": active},
+            vision={name: {"accuracy": r.accuracy, "chance": r.chance, "n": r.n} for name, r in final.vision.items()},
+            rl={
+                "curve": [{"iteration": m["step"], **m} for m in rl],
+                "reward_before": rl[0]["reward"],
+                "reward_after": rl[-1]["reward"],
+            },
+            parl={
+                "parallelism_before": first.parallelism,
+                "parallelism_after": final.wide["swarm"].parallelism,
+                "reward_before": parl[0]["accuracy"],
+                "reward_after": parl[-1]["accuracy"],
+                "item_f1_before": first.item_f1,
+                "curve": [{"iteration": m["step"], **m} for m in parl],
+            },
+            wide_search={
+                "entities": list(config.entities),
+                "budget": config.budget,
+                **{mode: result.summary() for mode, result in final.wide.items()},
+                "curve": {
+                    mode: [{"budget": b, **r.summary()} for b, r in zip(config.budgets, results, strict=True)]
+                    for mode, results in final.curve.items()
+                },
+            },
+            real_documents={
+                "packages": sum(len(job.task.names) for job in final.package_jobs),
+                "fields": list(FIELDS),
+                "budget": config.package_budget,
+                **{mode: result.summary() for mode, result in final.packages.items()},
+            },
+        )
+        folder.write_json("examples.json", gallery(final.vision))
+        for mode, result in final.wide.items():
+            folder.write_json(f"{mode}.json", episode(final.jobs[0], result.traces[0]))
+
+
+def run_recipe(config: RecipeConfig) -> None:
+    """Everything, from wherever the run folder stands. Prints where the report lies and its most telling numbers."""
+    folder = RunFolder(config.folder)
+    folder.check_config(dump(config))
+    with Display(config.expected_s) as display:
+        run = Run(config, folder, display)
+        run.supervised()
+        run.joint_rl()
+        run.parl()
+        run.evaluate()
+    report = write_html(folder.path)
+    print(f"\nreport: {report}")
+    for line in headline(folder.results):
+        print(f"  {line}")
+
+
+def write_report(config: RecipeConfig) -> None:
+    """The HTML file again, from a finished run's records."""
+    if not (config.folder / "results.json").exists():
+        raise FileNotFoundError(f"{config.folder}: no results.json; run `baltoro recipe` first")
+    print(write_html(config.folder))
+
+
+def ablate_parl(config: RecipeConfig) -> None:
+    """PARL again without r_parallel and without r_finish, from the same checkpoint (what each term is for)."""
+    main = RunFolder(config.folder)
+    if not main.checkpoint("rl").exists():
+        raise FileNotFoundError(f"{config.folder}: no finished RL stage; run `baltoro recipe` first")
+    parts = {"without-parallel": {"lambda_parallel": 0.0}, "without-finish": {"lambda_finish": 0.0}}
+    with Display(dict.fromkeys(("parl",), config.expected_s["parl"])) as display:
+        for name, change in parts.items():
+            shaping = dataclasses.replace(config.parl.shaping, **change)
+            folder = RunFolder(config.folder / "ablations" / name)
+            part = dataclasses.replace(config, parl=dataclasses.replace(config.parl, shaping=shaping))
+            folder.check_config(dump(part))
+            run = Run(part, folder, display, tokenizer=Tokenizer.load(config.folder / "tokenizer.tiktoken"))
+            run.stretch()
+            load_state(main.checkpoint("rl"), run.model)
+            run.parl()
+    for name in parts:
+        curve = RunFolder(config.folder / "ablations" / name).metrics("parl")
+        print(name, {k: (curve[0][k], curve[-1][k]) for k in ("accuracy", "parallelism", "finish")})

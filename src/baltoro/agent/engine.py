@@ -31,5 +31,5 @@ class Engine(Protocol):
     """Anything that continues a token sequence. Stops at <|im_end|> or after `max_tokens`."""
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
-        """`role` names the policy that speaks ("orchestrator", "subagent", ...), so that one engine may serve several."""
+        """`role` names the policy that speaks (orchestrator, subagent, ...), so that one engine may serve several."""
         ...

@@ -6,7 +6,7 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message, TokenSequence, assistant, user
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.world.corpora import passage
+from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
 from baltoro.world.tasks import row
 from baltoro.world.vision import VISION_TASKS, VisionExample
@@ -17,9 +17,10 @@ _VISION = list(VISION_TASKS.values())
 class Sources:
     """Draws examples; every method takes the generator that decides all of the draw."""
 
-    def __init__(self, tokenizer: Tokenizer, media: MediaSpec, passage_tokens: int):
+    def __init__(self, tokenizer: Tokenizer, media: MediaSpec, corpus: Corpus, passage_tokens: int):
         self.tokenizer = tokenizer
         self.media = media
+        self.corpus = corpus
         self.passage_tokens = passage_tokens
 
     def chat(self, messages: list[Message]) -> TokenSequence:
@@ -27,7 +28,7 @@ class Sources:
 
     def text(self, rng: random.Random) -> TokenSequence:
         """Real English and code; every token is a target."""
-        ids = self.tokenizer.encode(passage(rng, 5 * self.passage_tokens))[: self.passage_tokens]
+        ids = self.tokenizer.encode(self.corpus.passage(rng, 5 * self.passage_tokens))[: self.passage_tokens]
         return TokenSequence(ids, [], [1] * len(ids))
 
     def restated(self, rng: random.Random, world: World) -> TokenSequence:

@@ -43,7 +43,7 @@ async def evaluate_vision(
         texts = await asyncio.gather(*(answer(engine, tokenizer, media, role, example) for example in examples))
         answered = [Answered(e, t, task.score(t, e.gold)) for e, t in zip(examples, texts, strict=True)]
         mean = sum(a.score for a in answered) / n
-        results[task.name] = VisionResult(mean, chance(task, n, seed), n, answered)
+        results[task.name] = VisionResult(mean, chance(task.name, n, seed), n, answered)
     return results
 
 

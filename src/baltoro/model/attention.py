@@ -42,7 +42,9 @@ class Segments:
         base = begin = 0
         while begin < len(order):
             end = begin + 1
-            while end < len(order) and lengths[order[end]] <= max(1.25 * lengths[order[begin]], lengths[order[begin]] + 8):
+            while end < len(order) and lengths[order[end]] <= max(
+                1.25 * lengths[order[begin]], lengths[order[begin]] + 8
+            ):
                 end += 1
             members = order[begin:end]
             width = lengths[members[-1]]

@@ -1,6 +1,5 @@
 """The K2 language model."""
 
-import torch
 from torch import Tensor, nn
 
 from baltoro.model.attention import MLA, CachePlan, Segments
@@ -21,6 +20,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, plan: CachePlan) -> Tensor:
+        x = x + self.self_attn.extend(self.input_layernorm(x), cos, sin, cache, plan)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -47,8 +50,8 @@ class Decoder(nn.Module):
         [slots, max_len, R + rope] and is extended in place."""
         cos, sin = cos_sin(plan.positions, self.inv_freq)
         for layer, kept in zip(self.layers, cache, strict=True):
-            x = x + layer.self_attn.extend(layer.input_layernorm(x), cos, sin, kept, plan)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            assert isinstance(layer, DecoderLayer)
+            x = layer.extend(x, cos, sin, kept, plan)
         return self.norm(x)
 
 

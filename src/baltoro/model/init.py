@@ -1,9 +1,9 @@
-"""How parameters begin: plain random weights, and optionally two attention heads pairs wired as an induction circuit.
+"""How parameters begin: plain random weights, and optionally four attention heads wired as an induction circuit.
 
-Looking a token up by its context (an induction circuit: a previous-token head followed by a matching head) is what every
-agentic skill here rests on, and a small model finds it only after millions of tokens of nothing. `induction_heads`
-writes that circuit into heads 0 and 1 of the first two layers; training is free to change it. The report trains long
-enough to need no such thing (deviation, `docs/fidelity.md`).
+Looking a token up by its context (a previous-token head followed by a matching head) is what every agentic skill here
+rests on, and a small model finds it only after millions of tokens of nothing. `induction_heads` writes that circuit
+into heads 0 and 1 of the first two layers; training is free to change it. The report trains long enough to need no
+such thing (deviation, `docs/fidelity.md`).
 """
 
 import torch
@@ -50,7 +50,9 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
     text = model.config.text
     dim, code_dim = text.hidden_size, text.qk_nope_head_dim
     if text.q_lora_rank is not None or text.kv_lora_rank < 3 * code_dim or text.v_head_dim != code_dim:
-        raise ValueError("induction_heads needs q_lora_rank none, v_head_dim = qk_nope_head_dim, kv_lora_rank >= 3 of it")
+        raise ValueError(
+            "induction_heads needs q_lora_rank none, v_head_dim = qk_nope_head_dim, kv_lora_rank >= 3 of it"
+        )
     for name, p in model.language_model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             p.mul_(_BRANCH_SCALE)
@@ -71,7 +73,7 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
     written = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].T
     slots = [written[h * code_dim : (h + 1) * code_dim] for h in range(2)]
     eye = torch.eye(code_dim)
-    first, second = (layer.self_attn for layer in model.language_model.model.layers[:2])
+    first, second = [module for module in model.modules() if isinstance(module, MLA)][:2]
 
     kv_a, kv_b, q, out = _views(first)
     kv_a.zero_()

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     @contextlib.contextmanager
-    def replacing(self, path: Path) -> Iterator[Path]:
+    def replacing(self, path: Path) -> Generator[Path]:
         """Write to the yielded path; it takes the place of `path` only when all went well."""
         scratch = path.with_name(path.name + ".writing")
         yield scratch

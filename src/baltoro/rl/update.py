@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from baltoro.chat.messages import TokenSequence
-from baltoro.train.packing import pack
 from baltoro.model.kimi import KimiK25
 from baltoro.optim.muon import MuonAdamW
 from baltoro.rl.objective import ObjectiveConfig, policy_loss
+from baltoro.train.packing import pack
 from baltoro.train.stage import after_step
 
 
@@ -33,7 +33,12 @@ class UpdateReport:
 
 
 def update(
-    model: KimiK25, optimizer: MuonAdamW, samples: Sequence[Sample], lr: float, config: ObjectiveConfig, micro_tokens: int
+    model: KimiK25,
+    optimizer: MuonAdamW,
+    samples: Sequence[Sample],
+    lr: float,
+    config: ObjectiveConfig,
+    micro_tokens: int,
 ) -> UpdateReport:
     """One MuonClip step on Eq. 1 over all samples, in micro-batches of about `micro_tokens` tokens.
 
@@ -46,7 +51,9 @@ def update(
         batch = pack([s.sequence for s in micro], model.config.vision.patch_size)
         logits = model.logits(model(batch.batch).index_select(0, batch.sources)).float()
         logprobs = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
-        marked = [(p, s.advantage) for s in micro for p, m in zip(s.engine_logprobs, s.sequence.loss_mask, strict=True) if m]
+        marked = [
+            (p, s.advantage) for s in micro for p, m in zip(s.engine_logprobs, s.sequence.loss_mask, strict=True) if m
+        ]
         engine, advantages = torch.tensor(marked).unbind(1)
         result = policy_loss(logprobs, engine, advantages, total, config)
         result.loss.backward()

@@ -13,9 +13,7 @@ def parse_table(text: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     return table
 
 
-def item_f1(
-    predicted: Mapping[str, Mapping[str, str]], gold: Mapping[str, Mapping[str, str]]
-) -> float:
+def item_f1(predicted: Mapping[str, Mapping[str, str]], gold: Mapping[str, Mapping[str, str]]) -> float:
     """F1 over cells (row, column, value); values match after case and white space are folded. Both empty: 1."""
     want = _items(gold)
     have = _items(predicted)

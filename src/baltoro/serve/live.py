@@ -1,7 +1,6 @@
 """One fixed held-out prompt, answered again and again while a model trains, so that a person sees it getting better."""
 
 import asyncio
-import random
 from dataclasses import dataclass
 
 from baltoro.agent.engine import Sampling

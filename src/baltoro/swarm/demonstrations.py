@@ -32,7 +32,7 @@ class Demonstrator:
         name = task.names[0]
         messages = [system(_instruction(task)), user(name)]
         if rng.random() < 0.05:
-            other = rng.choice([kind for kind in self.world.kinds]).entities
+            other = rng.choice(self.world.kinds).entities
             name = " ".join(w[::-1] for w in rng.choice(other).name.split())
             messages = [system(_instruction(task)), user(name)]
             self._search(messages, 0, name)
@@ -62,7 +62,9 @@ class Demonstrator:
             messages.append(user(NOTICE))
         return [*messages, assistant("\n".join(notes), reasoning=reasoning)]
 
-    def orchestrator(self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]) -> list[Message]:
+    def orchestrator(
+        self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
+    ) -> list[Message]:
         """Subagents in cohorts of one width, drawn from `widths` as (width, weight), 0 for all at once; sometimes told
         to answer before it is done."""
         task = wide_search(rng, self.world, low, high)

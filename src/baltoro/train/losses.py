@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baltoro.train.packing import TrainingBatch
 from baltoro.model.kimi import KimiK25
+from baltoro.train.packing import TrainingBatch
 
 
 def next_token_loss(model: KimiK25, batch: TrainingBatch) -> Tensor:

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from baltoro.data.mixture import Mixture
-from baltoro.train.packing import pack
+from baltoro.model.attention import MLA
 from baltoro.model.kimi import KimiK25, routers
 from baltoro.optim.muon import MuonAdamW, MuonConfig
 from baltoro.optim.qk_clip import qk_clip
 from baltoro.optim.schedule import wsd
 from baltoro.train.losses import next_token_loss
+from baltoro.train.packing import pack
 from baltoro.train.state import Progress, load_state, save_state
 
 
@@ -58,11 +59,15 @@ def after_step(model: KimiK25, balance_rate: float) -> int:
     """What follows every optimiser step: QK-Clip and the router bias. Returns the number of clipped heads."""
     text = model.config.text
     clipped = 0
-    for layer in model.language_model.model.layers:
-        attn = layer.self_attn
+    for attn in (module for module in model.modules() if isinstance(module, MLA)):
         q = attn.q_proj if text.q_lora_rank is None else attn.q_b_proj
         clipped += qk_clip(
-            q.weight, attn.kv_b_proj.weight, attn.max_logits, text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim
+            q.weight,
+            attn.kv_b_proj.weight,
+            attn.max_logits,
+            text.qk_nope_head_dim,
+            text.qk_rope_head_dim,
+            text.v_head_dim,
         )
     for router in routers(model):
         router.balance(balance_rate)

@@ -2,30 +2,49 @@
 metadata of the installed packages (held out: it never takes part in training)."""
 
 import importlib.metadata
-import importlib.resources
 import random
 import re
 import sysconfig
 from dataclasses import dataclass
+from email.message import EmailMessage
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from baltoro.world.document import Document
 
 FIELDS = ("Version", "License", "Requires-Python")
+_SHOWN = (*FIELDS, "Summary", "Author", "Maintainer", "Home-page")
+_LABELS = {"License-Expression": "License"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Real text in a few long pieces; each piece is drawn from equally often."""
+
+    pieces: tuple[str, ...]
+
+    def passage(self, rng: random.Random, characters: int) -> str:
+        """About that many characters, cut at line boundaries where there are any."""
+        text = rng.choice(self.pieces)
+        start = rng.randrange(max(1, len(text) - characters))
+        lines = text[start : start + characters].split("\n")
+        return "\n".join(lines[1:] if len(lines) > 2 else lines)
 
 
 @cache
-def english() -> str:
-    """The running Python's own reference documentation (about 0.7 MB)."""
+def python_corpus() -> Corpus:
+    """English and code that every Python carries: its reference documentation (about 0.7 MB) and the source of its
+    standard library's top-level modules (at most 3 MB)."""
     from pydoc_data.topics import topics
 
-    return "\n".join(topics[key] for key in sorted(topics))
+    documentation = {str(key): str(text) for key, text in topics.items()}
+    english = "\n".join(documentation[key] for key in sorted(documentation))
+    return Corpus((english, _code()))
 
 
 @cache
-def code() -> str:
-    """Source of the standard library's top-level modules, without tests and data, at most 3 MB."""
+def _code() -> str:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.glob("*.py") if not p.name.startswith("_"))
     if not files:
@@ -33,18 +52,21 @@ def code() -> str:
     return "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in files)[:3_000_000]
 
 
+def folder_corpus(folder: Path) -> Corpus:
+    """Every readable text file (.txt, .md, .rst, .py) below `folder`, in the order of their paths."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"corpus folder {folder} does not exist; correct corpus= or leave it out")
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".py"))
+    text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in files)
+    if len(text) < 10_000:
+        raise ValueError(f"corpus folder {folder} holds less than 10 kB of .txt, .md, .rst or .py; add text to it")
+    return Corpus((text,))
+
+
 @cache
 def words() -> tuple[str, ...]:
     """Lower-case words and identifiers of the standard library, 3 to 9 letters, sorted."""
-    return tuple(sorted(set(re.findall(r"\b[a-z]{3,9}\b", code()))))
-
-
-def passage(rng: random.Random, characters: int) -> str:
-    """A piece of real documentation or code, cut at line boundaries."""
-    text = english() if rng.random() < 0.5 else code()
-    start = rng.randrange(len(text) - characters)
-    lines = text[start : start + characters].split("\n")
-    return "\n".join(lines[1:] if len(lines) > 2 else lines)
+    return tuple(sorted(set(re.findall(r"\b[a-z]{3,9}\b", _code()))))
 
 
 @dataclass(frozen=True)
@@ -62,20 +84,13 @@ def installed_packages() -> list[PackageRecord]:
     """
     records: dict[str, PackageRecord] = {}
     for dist in importlib.metadata.distributions():
-        meta = dist.metadata
-        name = meta["Name"]
-        values = {field: (meta[field] or "").strip() for field in FIELDS}
-        values["License"] = (meta["License-Expression"] or values["License"] or "").strip()
-        if not name or any(not v or "\n" in v or len(v) > 40 for v in values.values()):
-            continue
-        lines = [name]
-        seen: set[str] = set()
-        for key, value in meta.items():
-            label = "License" if key == "License-Expression" else key
-            first = str(value).split("\n")[0][:80]
-            keep = label in FIELDS or label in ("Summary", "Author", "Home-page", "Maintainer")
-            if keep and first and label not in seen and not (label == "License" and first != values["License"]):
-                seen.add(label)
-                lines.append(f"{label}: {first}")
-        records[name.lower()] = PackageRecord(name, values, Document(f"{len(records) + 100}", name, ("\n".join(lines),)))
+        message = cast(EmailMessage, dist.metadata)  # what it is, though the protocol does not say so
+        header = [(_LABELS.get(key, key), str(value).split("\n")[0].strip()) for key, value in message.items()]
+        # Of two lines with one label the last is the newer form (License, then License-Expression).
+        first = {label: value for label, value in header if value}
+        name = first.get("Name", "")
+        values = {label: first.get(label, "") for label in FIELDS}
+        if name and all(value and len(value) <= 40 for value in values.values()):
+            lines = [name, *(f"{label}: {value[:80]}" for label, value in first.items() if label in _SHOWN)]
+            records[name.lower()] = PackageRecord(name, values, Document(str(len(records)), name, ("\n".join(lines),)))
     return [records[key] for key in sorted(records)]

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baltoro.world.corpora import passage, words
+from baltoro.world.corpora import python_corpus, words
 from baltoro.world.document import Document
 from baltoro.world.names import ATTRIBUTES, COLOURS, WORDS, Split, package_name, person_name
 
@@ -77,7 +77,7 @@ def _package(rng: random.Random, name: str) -> Entity:
     vocabulary = words()
     values = {
         "Version": ".".join(str(rng.randrange(rng.choice((4, 30)))) for _ in range(rng.choice((2, 3, 3, 3)))),
-        "Summary": passage(rng, 200).replace("\n", " ").strip()[:50].strip() or "A package",
+        "Summary": python_corpus().passage(rng, 200).replace("\n", " ").strip()[:50].strip() or "A package",
         "Home-page": f"https://{rng.choice(vocabulary)}.{rng.choice(('org', 'com', 'io'))}/{rng.choice(vocabulary)}",
         "Author": f"{rng.choice(vocabulary).capitalize()} {rng.choice(vocabulary).capitalize()}",
         "License": rng.choice(LICENSES),

@@ -4,12 +4,12 @@ import random
 from collections.abc import Iterator, Sequence
 
 from baltoro.chat.messages import Message
-from baltoro.world.corpora import passage
+from baltoro.world.corpora import Corpus
 from baltoro.world.names import FIRST, LAST, WORDS
 from baltoro.world.vision import VISION_TASKS
 
 
-def lexicon(dialogues: Sequence[Sequence[Message]], rng: random.Random) -> Iterator[str]:
+def lexicon(dialogues: Sequence[Sequence[Message]], corpus: Corpus, rng: random.Random) -> Iterator[str]:
     """Deterministic for a given generator. Words of the world are repeated until each is worth a token of its own."""
     for dialogue in dialogues:
         for message in dialogue:
@@ -28,4 +28,4 @@ def lexicon(dialogues: Sequence[Sequence[Message]], rng: random.Random) -> Itera
             example = task.sample(rng, "train")
             yield "\n".join((example.question, example.answer, example.caption))
     for _ in range(300):
-        yield passage(rng, 800)
+        yield corpus.passage(rng, 800)
