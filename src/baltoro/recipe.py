@@ -150,6 +150,7 @@ class Run:
             demonstrator = Demonstrator(World(number, "train"))
             dialogues += [demonstrator.subagent(rng) for _ in range(40)]
             dialogues += [demonstrator.single(rng, 2, 6) for _ in range(6)]
+            dialogues += [demonstrator.pixels(rng) for _ in range(6)]
             dialogues += [demonstrator.orchestrator(rng, 2, 12, [(1, 1.0), (0, 1.0)]) for _ in range(6)]
         tokenizer = Tokenizer.train(list(lexicon(dialogues, self.corpus, rng)), self.config.vocab_size)
         with self.folder.replacing(path) as scratch:
@@ -210,6 +211,7 @@ class Run:
             "caption": self.sources.caption,
             "question": self.sources.question,
             "subagent": lambda r: chat(demonstrator.subagent(r)),
+            "pixels": lambda r: chat(demonstrator.pixels(r)),
             "single": lambda r: chat(demonstrator.single(r, *single)),
             "orchestrator": lambda r: chat(demonstrator.orchestrator(r, *cohort, widths)),
         }
@@ -443,6 +445,7 @@ class Run:
             commit=commit(),
             model={"parameters": total, "active": active},
             vision={name: {"accuracy": r.accuracy, "chance": r.chance, "n": r.n} for name, r in final.vision.items()},
+            boxes_by_code={"accuracy": final.boxes_by_code, "n": config.code_n},
             rl={
                 "curve": [{"iteration": m["step"], **m} for m in rl],
                 "reward_before": rl[0]["reward"],

@@ -33,6 +33,7 @@ TINY = [
     "agents.rules.max_turn_tokens=32",
     "agents.slots=16",
     "evaluation.vision_n=2",
+    "evaluation.code_n=2",
     "evaluation.wide_n=1",
     "evaluation.curve_n=1",
     "evaluation.budgets=[4, 6]",

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from baltoro.agent.engine import Engine
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.eval.vision import VisionResult, evaluate_vision
+from baltoro.eval.vision import VisionResult, evaluate_boxes_by_code, evaluate_vision
 from baltoro.eval.wide import Job, WideResult, evaluate_wide, held_out_jobs, package_jobs
 from baltoro.swarm.wide import Mode, WideRules
+from baltoro.tools.python import Sandbox, SandboxUnavailable
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class EvaluationConfig:
     (Figure 8); `packages_per_task` rows of installed packages under `package_budget`."""
 
     vision_n: int
+    code_n: int
     wide_n: int
     entities: tuple[int, int]
     budget: int
@@ -27,9 +29,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """wide, packages: by mode. curve: by mode, one result per budget."""
+    """wide, packages: by mode. curve: by mode, one result per budget. boxes_by_code: None where the machine's kernel
+    does not allow the sandbox."""
 
     vision: dict[str, VisionResult]
+    boxes_by_code: float | None
     jobs: list[Job]
     wide: dict[Mode, WideResult]
     curve: dict[Mode, list[WideResult]]
@@ -52,8 +56,15 @@ async def evaluate(
             engine, tokenizer, media, which, mode=mode, role="agent", budget=budget, rules=rules, seed=seed
         )
 
+    try:
+        boxes = await evaluate_boxes_by_code(
+            engine, tokenizer, media, "agent", config.code_n, seed, Sandbox(processes=1)
+        )
+    except SandboxUnavailable:
+        boxes = None
     return Evaluation(
         vision=await evaluate_vision(engine, tokenizer, media, "agent", config.vision_n, seed),
+        boxes_by_code=boxes,
         jobs=jobs,
         wide={mode: await wide(mode, jobs, config.budget) for mode in MODES},
         curve={mode: [await wide(mode, jobs[: config.curve_n], b) for b in config.budgets] for mode in MODES},

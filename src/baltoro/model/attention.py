@@ -19,16 +19,20 @@ _EXPLICIT_WIDTH = 1024
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments of similar length as one padded batch: `index` int64 [segments, width] points into the packed
-    sequence (padding repeats the last token), `lengths` int64 [segments]."""
+    """Segments of similar length as one padded batch of shape (rows, width); `lengths` int64 [rows]."""
 
-    index: Tensor
+    rows: int
+    width: int
     lengths: Tensor
     padded: bool
 
 
 class Segments:
-    """Which tokens of a packed sequence may see each other: contiguous segments that never attend across."""
+    """Which tokens of a packed sequence may see each other: contiguous segments that never attend across.
+
+    `index` int64 points from the places of all groups, one after another, into the packed sequence (padding repeats a
+    segment's last token); `inverse` int64 [total] points back.
+    """
 
     def __init__(self, lengths: list[int], device: torch.device | None = None):
         self.lengths = lengths
@@ -38,38 +42,41 @@ class Segments:
         self.total = starts[-1]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self.groups: list[SegmentGroup] = []
-        destination = torch.empty(self.total, dtype=torch.int64)
+        indices: list[Tensor] = []
+        inverse = torch.empty(self.total, dtype=torch.int64)
         base = begin = 0
         while begin < len(order):
+            shortest = lengths[order[begin]]
             end = begin + 1
-            while end < len(order) and lengths[order[end]] <= max(
-                1.25 * lengths[order[begin]], lengths[order[begin]] + 8
-            ):
+            while end < len(order) and lengths[order[end]] <= max(1.4 * shortest, shortest + 8):
                 end += 1
             members = order[begin:end]
-            width = lengths[members[-1]]
+            rows, width = len(members), lengths[members[-1]]
             size = torch.tensor([lengths[m] for m in members])
             start = torch.tensor([starts[m] for m in members])
             index = start[:, None] + torch.minimum(torch.arange(width)[None, :], size[:, None] - 1)
-            slot = torch.arange(len(members) * width).view(len(members), width)
             valid = torch.arange(width)[None, :] < size[:, None]
-            destination[index[valid]] = slot[valid] + base
-            self.groups.append(SegmentGroup(index.to(device), size.to(device), bool((size != width).any())))
-            base += len(members) * width
+            inverse[index[valid]] = torch.arange(base, base + rows * width).view(rows, width)[valid]
+            indices.append(index.flatten())
+            self.groups.append(SegmentGroup(rows, width, size.to(device), bool((size != width).any())))
+            base += rows * width
             begin = end
-        self.inverse = destination.to(device)
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device) if lengths else torch.empty(0).long()
+        self.index = torch.cat(indices).to(device)
+        self.inverse = inverse.to(device)
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
 
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float, max_logits: Tensor | None = None
 ) -> Tensor:
     """q, k [T, H, D], v [T, H, V] -> [T, H, V]. `max_logits` [H] is raised in place to the largest visible logit."""
-    outputs = []
-    for group in segments.groups:
-        rows, width = group.index.shape
-        flat = group.index.reshape(-1)
-        gq, gk, gv = (x.index_select(0, flat).view(rows, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    outputs: list[Tensor] = []
+    sizes = [group.rows * group.width for group in segments.groups]
+    # One gather for all groups: its backward is one scatter, where one per group would each fill a whole gradient.
+    gathered = zip(*(x.index_select(0, segments.index).split(sizes) for x in (q, k, v)), strict=True)
+    for group, parts in zip(segments.groups, gathered, strict=True):
+        rows, width = group.rows, group.width
+        gq, gk, gv = (x.view(rows, width, *x.shape[1:]).transpose(1, 2) for x in parts)
         hidden = None
         if causal:
             # Padding stands at the end, so the causal mask already hides it from every real token.

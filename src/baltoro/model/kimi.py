@@ -41,13 +41,11 @@ class KimiK25(nn.Module):
     def embed(self, ids: Tensor, patches: Tensor, grids: list[Grid]) -> Tensor:
         """Token embeddings with media tokens in the places of their placeholders, [T, hidden]."""
         x = torch.nn.functional.embedding(ids, self.language_model.model.embed_tokens.weight).to(self.dtype)
-        if not grids:
-            return x
         places = (ids == self.media_pad).nonzero()[:, 0]
-        media = self.encode_media(patches, grids)
+        media = self.encode_media(patches, grids) if grids else x[:0]
         if len(places) != len(media):
             raise ValueError(f"{len(places)} media placeholders for {len(media)} media tokens")
-        return x.index_copy(0, places, media)
+        return x.index_copy(0, places, media) if grids else x
 
     def forward(self, batch: Batch) -> Tensor:
         """Normed hidden states [T, hidden]; `logits` turns the ones that matter into scores."""

@@ -9,7 +9,8 @@ model or document enter a figure: titles are HTML around it. The same numbers gi
 import io
 import re
 from collections.abc import Callable, Sequence
-from math import isfinite
+from math import isfinite, nan
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -47,18 +48,19 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.handlelength": 2.6,
 }
+_STEPS = [1, 2, 2.5, 5, 10]
 
 Points = Sequence[tuple[float, float]]
 
 
-def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential mean over about `span` values, corrected for its start; gaps (nan, inf) are passed over."""
-    decay, total, weight = 1 - 1 / max(span, 1.0), 0.0, 0.0
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over up to `reach` values on either side, as many on the one as on the other, so that a straight line stays
+    what it is; nan and inf are passed over."""
     result: list[float] = []
-    for value in values:
-        if isfinite(value):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(total / weight if weight else float("nan"))
+    for i in range(len(values)):
+        side = min(reach, i, len(values) - 1 - i)
+        near = [value for value in values[i - side : i + side + 1] if isfinite(value)]
+        result.append(fmean(near) if near else nan)
     return result
 
 
@@ -68,7 +70,7 @@ def loss_curve(key: str, points: Points, alt: str) -> Html:
 
     def draw(ax: Axes) -> None:
         _plot(ax, steps, losses, color=SOFT, linewidth=0.7, alpha=0.55)
-        _plot(ax, steps, smooth(losses, len(losses) / 25), color=ONE)
+        _plot(ax, steps, smooth(losses, len(losses) // 30), color=ONE)
         _label(ax, "step", "loss")
 
     return _svg(key, draw, alt)
@@ -108,8 +110,8 @@ def _plot(ax: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> Non
 def _label(ax: Axes, x: str, y: str) -> None:
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
 
 
 def _svg(key: str, draw: Callable[[Axes], None], alt: str) -> Html:

@@ -50,7 +50,7 @@ def _page(folder: Path) -> Html:
         ),
         _section(
             "Held-out examples",
-            "Right and wrong ones.",
+            "What the model was asked, what it answered, and the truth.",
             lambda: sections.gallery(some(sections.read(folder, "examples.json"), "examples")),
         ),
         _section(
@@ -60,7 +60,7 @@ def _page(folder: Path) -> Html:
         ),
         _section(
             "PARL: learning to work in parallel",
-            "Figure 4 of the report. Nothing in the prompt asks for parallel work; the λ are annealed to 0.",
+            "Figure 4 of the report. Nothing in the prompt asks for parallel work; the λ are annealed.",
             lambda: sections.parl(need(results, "parl")),
         ),
         _section(

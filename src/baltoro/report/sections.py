@@ -74,7 +74,7 @@ def how(stages: Json, results: Json) -> Html:
         + _with(_count(model.get("active")), "active per token"),
     }
     rows = [
-        [name, str(s.get("what", "")), _duration(s["wall_s"]), _count(s.get("tokens")) or "–", _pair(s)]
+        [name, str(s.get("what", "")), *_numbers(_duration(s["wall_s"]), _count(s.get("tokens")) or "–", _pair(s))]
         for name, s in stages.items()
     ]
     listed = [
@@ -83,6 +83,10 @@ def how(stages: Json, results: Json) -> Html:
     ]
     head = ("stage", "what it learns", "time", "tokens", "loss or reward, first → last")
     return join([el("dl", *listed, class_="facts"), table(head, rows, "Stages")])
+
+
+def _numbers(*texts: str) -> list[Html]:
+    return [el("td", text, class_="num") for text in texts]
 
 
 def _with(value: object, unit: str) -> str:
@@ -109,8 +113,8 @@ def _panel(title: str, note: str, figure: Html) -> Html:
     return el("figure", el("figcaption", el("b", title), " ", el("span", note)), figure)
 
 
-def _panels(panels: Sequence[Html]) -> Html:
-    return el("div", *panels, class_="panels")
+def _panels(panels: Sequence[Html], *, large: bool) -> Html:
+    return el("div", *panels, class_="panels large" if large else "panels")
 
 
 def losses(folder: Path, results: Json) -> Html:
@@ -131,7 +135,7 @@ def losses(folder: Path, results: Json) -> Html:
         )
         for i, (stage, points) in enumerate(some(list(stages.items()), "loss in metrics.jsonl"))
     ]
-    return _panels(panels)
+    return _panels(panels, large=False)
 
 
 def live(folder: Path) -> Html:
@@ -211,7 +215,7 @@ def rl(rl: Json) -> Html:
     figure = curves(
         "rl", series, "iteration", "reward", f"Reward over RL iterations: {note}", limits=(0, 1.02), marked=False
     )
-    return _panels([_panel("Reward", note, figure)])
+    return _panels([_panel("Reward", note, figure)], large=True)
 
 
 def parl(parl: Json) -> Html:
@@ -244,7 +248,7 @@ def parl(parl: Json) -> Html:
     ]
     if "critical_steps" in curve[0]:
         panels.insert(2, panel("parl-steps", "Critical steps", "per task", {"critical_steps": "critical steps"}, None))
-    return _panels(panels)
+    return _panels(panels, large=True)
 
 
 def versus(results: Json) -> Html:
@@ -276,7 +280,7 @@ def versus(results: Json) -> Html:
         )
 
     both = [or_missing(lambda: rows("wide_search", wide)), or_missing(lambda: rows("real_documents", real))]
-    return el("div", *(el("div", part) for part in both), class_="panels two")
+    return el("div", *(el("div", part) for part in both), class_="panels large")
 
 
 def fewer_steps(wide: Json) -> tuple[float, float]:
@@ -321,7 +325,7 @@ def scaling(wide: Json) -> Html:
         for p in curve[mode]
     ]
     numbers = el("details", el("summary", "The numbers"), table(("agent", "budget", "critical steps", "item-F1"), rows))
-    return _panels([_panel("Item-F1", note, figure), el("div", numbers)])
+    return _panels([_panel("Item-F1", note, figure), el("div", numbers)], large=True)
 
 
 def runs(folder: Path) -> Html:
@@ -345,7 +349,7 @@ def runs(folder: Path) -> Html:
         el("span", class_="key tool"), "tool call ",
         el("span", class_="key waiting"), "waiting for subagents ",
         el("span", class_="key critical"),
-        "on the critical path: the main agent, and of each stage the agent with the most steps",
+        "on the critical path: the main agent, and of each stage the agent with the most steps (first among equals)",
         class_="legend",
     )  # fmt: skip
     parts = [

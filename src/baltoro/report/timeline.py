@@ -4,10 +4,11 @@ Works on the JSON of `agent.trace.Trace.to_json`.
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import floor, log10
 from typing import Any
 
-from baltoro.report.markup import Html, el, join, media, table
+from baltoro.report.markup import Html, el, media, table
 from baltoro.score.table import item_f1, parse_table
 
 Json = dict[str, Any]
@@ -91,6 +92,7 @@ def _lane(lane: Lane, scale: float, y: float) -> Html:
     short = lane.name if len(lane.name) <= room else lane.name[: room - 1] + "…"
     label = el("text", el("title", lane.name), short, x=8 + 10 * lane.depth, y=_n(y + 15), class_="lane")
     bars: list[Html] = []
+    tools: list[Html] = []
     for number, turn in enumerate(lane.trace["turns"], 1):
         target = f"{lane.anchor}-t{number}"
         began, wrote, ended = (_LABELS + turn[key] * scale for key in ("started", "generated", "ended"))
@@ -106,10 +108,11 @@ def _lane(lane: Lane, scale: float, y: float) -> Html:
             inside.append(el("rect", **box, rx=2, class_="critical"))
         if width > 13:
             inside.append(el("text", str(number), x=_n(began + width / 2), y=_n(y + 14.5), class_="number"))
-        tools = _tool_bars(lane, turn, number, wrote, ended, y)
+        tools += _tool_bars(lane, turn, number, wrote, ended, y)
         # The list below is the way in for the keyboard: hundreds of bars would be hundreds of tab stops.
-        bars.append(join([*tools, el("a", *inside, href=f"#{target}", data_turn=target, tabindex=-1)]))
-    return el("g", label, *bars)
+        bars.append(el("a", *inside, href=f"#{target}", data_turn=target, tabindex=-1))
+    # Tools last: many take milliseconds, and their bars would lie under the next model call.
+    return el("g", label, *bars, *tools)
 
 
 def _tool_bars(lane: Lane, turn: Json, number: int, wrote: float, ended: float, y: float) -> list[Html]:
@@ -125,12 +128,11 @@ def _tool_bars(lane: Lane, turn: Json, number: int, wrote: float, ended: float, 
     if turn["children"]:
         title = f"{lane.name}\nturn {number}, waiting for {len(turn['children'])} agents, {took}"
         return [bar(title, y + 9, 4, "waiting")]
-    names = {call["id"]: f"{call['name']} {call['arguments']}" for call in turn["calls"]}
+    names = [*(f"{call['name']} {call['arguments']}" for call in turn["calls"]), "malformed call"]
     each = 10 / max(len(turn["results"]), 1)
     return [
         bar(
-            f"{lane.name}\nturn {number}, {names.get(result['tool_call_id'], 'call')}, {took}\n"
-            f"read: {_text(result)[:400]}",
+            f"{lane.name}\nturn {number}, {names[i]}, {took}\nread: {_text(result)[:400]}",
             y + 6 + i * each,
             max(each - 0.5, 0.5),
             "tool",
@@ -191,8 +193,12 @@ def _turn(turn: Json, anchor: str, number: int, pictures: Json) -> Html:
         parts.append(_said("thinks", turn["reasoning"], "thinks"))
     if turn["text"].strip():
         parts.append(_said("answers", turn["text"], "answers"))
-    parts += [_said("calls", f"{call['name']} {call['arguments']}", "calls") for call in turn["calls"]]
-    parts += [_message(result, f"reads ({result['tool_call_id']})", pictures) for result in turn["results"]]
+    # Results stand in the order of their calls; one more tells of calls that could not be read.
+    for call, result in zip_longest(turn["calls"], turn["results"]):
+        if call:
+            parts.append(_said("calls", f"{call['name']} {call['arguments']}", "calls"))
+        if result:
+            parts.append(_message(result, "reads", pictures))
     facts = (
         f"{turn['started']:.2f} to {turn['ended']:.2f} s, {turn['prompt_len']} tokens read, {turn['sampled']} written"
     )
@@ -225,7 +231,8 @@ def cells(task: Json, answer: str) -> Html:
     asked = {_fold(name) for name in task["gold"]}
     for name, row in predicted.items():
         if _fold(name) not in asked:
-            rows.append([f"{name} (not asked for)", *(_cell(column, row.get(column, ""), "") for column in columns)])
+            extra = [_cell(column, row[column], "") if row.get(column) else "–" for column in columns]
+            rows.append([f"{name} (not asked for)", *extra])
     score = item_f1(predicted, task["gold"])
     return table(("name", *columns), rows, f"{sum(map(len, task['gold'].values()))} cells, item-F1 {score:.2f}")
 

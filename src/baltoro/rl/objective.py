@@ -1,5 +1,6 @@
 """Eq. 1: the policy objective of K2.5."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,12 @@ def policy_loss(
     advantage. The tau term acts on every token and pulls those outside back.
     """
     log_ratio = policy_logprobs - engine_logprobs
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(config.alpha, config.beta)  # clamp passes no gradient outside the window
+    low, high = math.log(config.alpha), math.log(config.beta)
+    # clamp passes no gradient outside the window; before exp, so that no ratio overflows.
+    clipped = log_ratio.clamp(low, high).exp()
     gain = clipped * advantages - config.tau * log_ratio.square()
     with torch.no_grad():
-        outside = ((ratio < config.alpha) | (ratio > config.beta)).float().mean().item()
+        outside = ((log_ratio < low) | (log_ratio > high)).float().mean().item()
         mismatch = log_ratio.abs().mean().item()
     return ObjectiveResult(-gain.sum() / total, outside, mismatch)
 

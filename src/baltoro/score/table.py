@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 
 
 def parse_table(text: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Lines `name | value | ...` in the order of `columns`; of two rows with one name the first counts."""
+    """Lines `name | column: value | ...`, cells in any order; columns that were not asked for are left out, and of two
+    rows or cells with one name the first counts."""
     table: dict[str, dict[str, str]] = {}
     for line in text.splitlines():
-        name, *values = (cell.strip() for cell in line.split("|"))
-        if name and values:
-            table.setdefault(name, dict(zip(columns, values, strict=False)))
+        name, *cells = (cell.strip() for cell in line.split("|"))
+        if name and cells and name not in table:
+            row = table[name] = {}
+            for cell in cells:
+                column, colon, value = cell.partition(":")
+                if colon and column.strip() in columns:
+                    row.setdefault(column.strip(), value.strip())
     return table
 
 

@@ -60,7 +60,8 @@ class _Lane:
             torch.zeros(slots, max_len, width, dtype=model.dtype, device=device) for _ in range(text.num_layers)
         ]
         self.free = list(range(slots))
-        self.kept: dict[tuple[int, ...], int] = {}  # finished context -> slot, oldest first
+        # Finished contexts -> slot, oldest first. Contexts with equal ids may show different pictures.
+        self.kept: dict[tuple[tuple[int, ...], tuple[MediaItem, ...]], int] = {}
         self.waiting: list[_Request] = []
         self.running: list[_Request] = []
 
@@ -69,15 +70,17 @@ class _Lane:
         fresh: list[_Request] = []
         while self.waiting and (self.free or self.kept):
             request = self.waiting.pop(0)
-            request.slot, request.read = self._place(request.prompt.ids)
+            request.slot, request.read = self._place(request.prompt)
             fresh.append(request)
         return fresh
 
-    def _place(self, ids: list[int]) -> tuple[int, int]:
+    def _place(self, prompt: TokenSequence) -> tuple[int, int]:
+        ids = prompt.ids
         for end in range(len(ids) - 1, 0, -1):
             # A kept context ends with a sampled stop token, so only those places are looked up.
             if ids[end - 1] == self.stop:
-                slot = self.kept.pop(tuple(ids[:end]), None)
+                media = prompt.media[: len(prompt.media) - len(self.unread_media(prompt, end))]
+                slot = self.kept.pop((tuple(ids[:end]), tuple(media)), None)
                 if slot is not None:
                     return slot, end - 1  # the stop token itself was sampled but never read
         if not self.free:
@@ -85,8 +88,8 @@ class _Lane:
         return self.free.pop(), 0
 
     def release(self, request: _Request) -> None:
-        context = (*request.prompt.ids, *request.ids)
-        if context[-1] == self.stop and context not in self.kept:
+        context = ((*request.prompt.ids, *request.ids), tuple(request.prompt.media))
+        if request.ids[-1] == self.stop and context not in self.kept:
             self.kept[context] = request.slot
         else:
             self.free.append(request.slot)
@@ -94,6 +97,22 @@ class _Lane:
     def forget(self) -> None:
         self.free += self.kept.values()
         self.kept.clear()
+
+    def abandon(self) -> None:
+        """Drop every request: nobody waits for an answer any more."""
+        self.free += [request.slot for request in self.running]
+        self.running, self.waiting = [], []
+
+    def unread_media(self, prompt: TokenSequence, read: int) -> list[MediaItem]:
+        """The items whose placeholders stand behind the first `read` tokens."""
+        merge = self.model.config.vision.merge
+        skip = prompt.ids[:read].count(self.model.media_pad)
+        for i, item in enumerate(prompt.media):
+            if skip == 0:
+                return prompt.media[i:]
+            _, h, w = item.grid_thw
+            skip -= (h // merge) * (w // merge)
+        return []
 
 
 class LocalEngine:
@@ -111,7 +130,6 @@ class LocalEngine:
             if id(model) not in lanes:
                 lanes[id(model)] = _Lane(snapshot(model), tokenizer.im_end, slots, max_len)
             self._lanes[role] = lanes[id(model)]
-        self._wake = asyncio.Event()
 
     def update(self, role: str, model: KimiK25) -> None:
         """New weights for a role, between turns; cached contexts of the old ones are dropped."""
@@ -133,12 +151,15 @@ class LocalEngine:
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
+        self._wake = asyncio.Event()  # it belongs to the event loop of this run
         async with asyncio.TaskGroup() as group:
             driver = group.create_task(self._drive())
             try:
                 yield
             finally:
                 driver.cancel()
+                for lane in self._lanes.values():
+                    lane.abandon()
 
     async def _drive(self) -> None:
         lanes = list({id(lane): lane for lane in self._lanes.values()}.values())
@@ -159,11 +180,11 @@ class LocalEngine:
             lane.running.remove(request)
             lane.free.append(request.slot)
         lane.waiting = [r for r in lane.waiting if not r.done.cancelled()]
-        active = lane.admit() or lane.running
+        active = lane.admit()
+        lane.running += active
+        active = active or list(lane.running)
         if not active:
             return
-        if active is not lane.running:
-            lane.running = lane.running + active
         spans: list[tuple[int, int, int]] = []
         ids: list[int] = []
         media: list[MediaItem] = []
@@ -172,7 +193,7 @@ class LocalEngine:
             spans.append((r.slot, r.read, r.read + len(new)))
             ids += new
             if not r.ids and r.prompt.media:
-                media += _unread_media(r.prompt, r.read, lane.model.config.vision.merge, self.tokenizer.media_pad)
+                media += lane.unread_media(r.prompt, r.read)
             r.read += len(new)
         model = lane.model
         patches = torch.from_numpy(np.concatenate([m.patches for m in media])) if media else torch.empty(0)
@@ -190,7 +211,8 @@ class LocalEngine:
 
     def _draw(self, logits: Tensor, active: list[_Request]) -> None:
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.argmax(-1)
+        logits[:, self.tokenizer.media_pad] = float("-inf")  # a placeholder stands for media, which no model can write
+        chosen = logits.argmax(-1)
         warm = [i for i, r in enumerate(active) if r.sampling.temperature > 0]
         if warm:
             temperature = torch.tensor([active[i].sampling.temperature for i in warm])[:, None]
@@ -214,14 +236,3 @@ def _sample(logits: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     target = uniform * cumulative[:, -1:]
     return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
-
-
-def _unread_media(prompt: TokenSequence, read: int, merge: int, pad: int) -> list[MediaItem]:
-    """The items whose placeholders stand behind the first `read` tokens."""
-    skip = prompt.ids[:read].count(pad)
-    for i, item in enumerate(prompt.media):
-        if skip == 0:
-            return prompt.media[i:]
-        _, h, w = item.grid_thw
-        skip -= (h // merge) * (w // merge)
-    return []

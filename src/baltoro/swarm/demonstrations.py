@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_result, user
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
+from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
 from baltoro.world.tasks import WideSearch, row, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
+PYTHON_PROMPT = "Tools: python."
 NOTICE = "Answer now."
 SUBAGENT = "reader"
 HITS = 2
+_BOX_CODE = """import numpy as np
+im = np.load('image.npy').astype(int)
+y, x = np.where(abs(im - {colour}).sum(2) < 60)
+h, w, _ = im.shape
+print(x.min() * 32 // w, y.min() * 32 // h, x.max() * 32 // w, y.max() * 32 // h)"""
 
 
 class Demonstrator:
@@ -86,6 +93,24 @@ class Demonstrator:
         if len(names) < len(task.names):
             messages.append(user(NOTICE))
         return [*messages, assistant("\n".join(row(n, task.gold[n], task.columns) for n in names))]
+
+    def pixels(self, rng: random.Random) -> list[Message]:
+        """An image operation as code, on a picture that is named but never shown (zero-vision SFT, 2.2): find an object
+        by its colour and print its box in 32nds of the sides."""
+        colour = rng.choice(COLOUR_NAMES)
+        target = f"{colour} {rng.choice(SHAPES)}"
+        question = rng.choice(("box of the {}", "box the {}", "bounds of the {}")).format(target)
+        code = _BOX_CODE.format(colour=list(COLOURS[colour]))
+        call = _call("python", 0, code=code)
+        left, top = rng.randrange(24), rng.randrange(24)
+        box = f"{left} {top} {rng.randrange(left + 4, 32)} {rng.randrange(top + 4, 32)}"
+        return [
+            system(PYTHON_PROMPT),
+            user(question),
+            assistant(tool_calls=(call,)),
+            tool_result(call.id, f"{box}\n"),
+            assistant(box),
+        ]
 
     def _search(self, messages: list[Message], index: int, query: str, reasoning: str = "") -> None:
         call = _call("search", index, query=query)

@@ -70,7 +70,7 @@ def after_step(model: KimiK25, balance_rate: float) -> int:
             text.v_head_dim,
         )
     for router in routers(model):
-        router.balance(balance_rate)
+        router.balance(balance_rate if router.weight.requires_grad else 0.0)
     return clipped
 
 

@@ -91,6 +91,6 @@ def installed_packages() -> list[PackageRecord]:
         name = first.get("Name", "")
         values = {label: first.get(label, "") for label in FIELDS}
         if name and all(value and len(value) <= 40 for value in values.values()):
-            lines = [name, *(f"{label}: {value[:80]}" for label, value in first.items() if label in _SHOWN)]
+            lines = [name, *(f"- {label}: {value[:80]}" for label, value in first.items() if label in _SHOWN)]
             records[name.lower()] = PackageRecord(name, values, Document(str(len(records)), name, ("\n".join(lines),)))
     return [records[key] for key in sorted(records)]

@@ -33,5 +33,5 @@ def wide_search(rng: random.Random, world: World, low: int, high: int, columns: 
 
 
 def row(name: str, values: dict[str, str], columns: tuple[str, ...]) -> str:
-    """One line of a table: `name | value | value`."""
-    return " | ".join((name, *(values[column] for column in columns)))
+    """One line of a table: `name | column: value | column: value`."""
+    return " | ".join((name, *(f"{column}: {values[column]}" for column in columns)))

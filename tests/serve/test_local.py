@@ -1,0 +1,286 @@
+"""The embedded engine against teacher-forced forwards of the same model, in float32."""
+
+import asyncio
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from baltoro.agent.engine import Completion, Sampling
+from baltoro.chat.messages import MediaItem, TokenSequence
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.model.attention import Segments
+from baltoro.model.config import NANO
+from baltoro.model.init import initialise
+from baltoro.model.kimi import Batch, KimiK25
+from baltoro.serve.local import LocalEngine
+
+TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
+PAD, STOP = TOKENIZER.media_pad, TOKENIZER.im_end
+
+
+def _model(seed: int, stop_bias: float = 0.0) -> KimiK25:
+    """`stop_bias` > 0 makes the stop token likely enough that answers end by themselves."""
+    text = dataclasses.replace(
+        NANO.text, vocab_size=TOKENIZER.vocab_size, hidden_size=48, num_layers=2, initializer_range=0.2
+    )
+    vision = dataclasses.replace(NANO.vision, num_layers=1, hidden_size=32, intermediate_size=32)
+    model = KimiK25(dataclasses.replace(NANO, text=text, vision=vision), PAD)
+    initialise(model, torch.Generator().manual_seed(seed))
+    model.eval().requires_grad_(False)
+    model.language_model.lm_head.weight[STOP] *= 1 + stop_bias
+    return model
+
+
+def _item(seed: int, grid: tuple[int, int, int] = (1, 2, 4)) -> MediaItem:
+    n = grid[0] * grid[1] * grid[2]
+    return MediaItem(np.random.default_rng(seed).standard_normal((n, 3, 8, 8), dtype=np.float32), grid)
+
+
+def _prompt(seed: int, length: int, *media: MediaItem) -> TokenSequence:
+    """Random bytes, each picture's placeholders after the first of them."""
+    rng = random.Random(seed)
+    ids = [rng.randrange(256)]
+    for item in media:
+        _, h, w = item.grid_thw
+        ids += [PAD] * (h * w // 4) + [rng.randrange(256)]
+    return TokenSequence(ids + [rng.randrange(256) for _ in range(length)], list(media))
+
+
+def _rescored(model: KimiK25, prompt: TokenSequence, completion: Completion) -> torch.Tensor:
+    """[sampled, vocabulary] log-probabilities of one forward over everything."""
+    ids = torch.tensor(prompt.ids + completion.ids)
+    patches = (
+        torch.cat([torch.from_numpy(m.patches) for m in prompt.media]) if prompt.media else torch.empty(0, 3, 8, 8)
+    )
+    hidden = model(Batch(ids, Segments([len(ids)]), patches, [m.grid_thw for m in prompt.media]))
+    return model.logits(hidden)[len(prompt.ids) - 1 : -1].log_softmax(-1)
+
+
+def _check(model: KimiK25, prompt: TokenSequence, completion: Completion) -> None:
+    want = _rescored(model, prompt, completion)[torch.arange(len(completion.ids)), completion.ids]
+    torch.testing.assert_close(torch.tensor(completion.logprobs), want, atol=1e-5, rtol=1e-5)
+
+
+def _ask(engine: LocalEngine, *requests: tuple[TokenSequence, Sampling]) -> list[Completion]:
+    async def run() -> list[Completion]:
+        async with engine.run():
+            return await asyncio.gather(*(engine.generate(p, s, "a") for p, s in requests))
+
+    return asyncio.run(run())
+
+
+def _engine(model: KimiK25, slots: int = 4, max_len: int = 96) -> LocalEngine:
+    return LocalEngine({"a": model}, TOKENIZER, slots=slots, max_len=max_len)
+
+
+def test_logprobs_are_those_of_the_model_at_temperature_1() -> None:
+    """More requests than slots, of different lengths, temperatures and media, some ending by themselves."""
+    model = _model(0, stop_bias=1.0)
+    media: list[list[MediaItem]] = [[], [_item(1)], [], [_item(2), _item(3, (3, 4, 2))], [], [_item(4, (1, 4, 4))]]
+    requests = [
+        (
+            _prompt(i, 3 + 7 * i, *media[i % 6]),
+            Sampling(20, temperature=(1.0, 0.6, 0.0)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=i),
+        )
+        for i in range(9)
+    ]
+    done = _ask(_engine(model), *requests)
+    assert {c.finish_reason for c in done} == {"stop", "length"}
+    for (prompt, _), completion in zip(requests, done, strict=True):
+        _check(model, prompt, completion)
+        assert (completion.ids[-1] == STOP) == (completion.finish_reason == "stop")
+        assert STOP not in completion.ids[:-1]
+
+
+def test_greedy_takes_the_best_token_whoever_else_is_served() -> None:
+    model = _model(1)
+    prompt = _prompt(0, 12, _item(1))
+    alone = _ask(_engine(model), (prompt, Sampling(16, temperature=0.0)))[0]
+    assert _rescored(model, prompt, alone).argmax(-1).tolist() == alone.ids
+    mates = [(_prompt(i, 5 * i), Sampling(30, seed=i)) for i in range(1, 6)]
+    crowd = _ask(_engine(model, slots=3), *mates[:2], (prompt, Sampling(16, temperature=0.0)), *mates[2:])
+    assert crowd[2].ids == alone.ids
+
+
+def test_the_seed_alone_decides_the_draw() -> None:
+    model = _model(2)
+    request = (_prompt(0, 9), Sampling(24, seed=11))
+    alone = _ask(_engine(model), request)[0]
+    mates = [(_prompt(i, 4 * i), Sampling(7 * i, seed=i)) for i in range(1, 5)]
+    assert _ask(_engine(model, slots=2), *mates, request)[-1].ids == alone.ids
+    other = (request[0], Sampling(24, seed=12))
+    assert _ask(_engine(model), other)[0].ids != alone.ids
+
+
+def test_draws_follow_the_distribution_and_top_p_cuts_its_tail() -> None:
+    model = _model(3)
+    prompt = _prompt(0, 5)
+    first = _rescored(model, prompt, Completion([0], [0.0], "length", 0))[0].exp()
+    drawn = _ask(_engine(model, slots=64), *((prompt, Sampling(1, seed=i)) for i in range(600)))
+    best = int(first.argmax())
+    share = sum(c.ids[0] == best for c in drawn) / 600
+    deviation = float(first[best] * (1 - first[best]) / 600) ** 0.5
+    assert abs(share - float(first[best])) < 4 * deviation
+    cut = _ask(_engine(model, slots=64), *((prompt, Sampling(1, top_p=0.3, seed=i)) for i in range(100)))
+    ordered, order = first.sort(descending=True)
+    nucleus = set(order[: int((ordered.cumsum(0) < 0.3).sum()) + 1].tolist())
+    assert {c.ids[0] for c in cut} == nucleus & {c.ids[0] for c in cut}
+    assert not {c.ids[0] for c in drawn} <= nucleus
+
+
+def _turns(
+    engine: LocalEngine, opening: TokenSequence, following: TokenSequence, seed: int
+) -> tuple[TokenSequence, Completion]:
+    """A conversation of two turns; returns the second prompt and its completion."""
+
+    async def run() -> tuple[TokenSequence, Completion]:
+        async with engine.run():
+            first = await engine.generate(opening, Sampling(40, seed=seed), "a")
+            assert first.finish_reason == "stop"
+            prompt = TokenSequence(opening.ids + first.ids + following.ids, opening.media + following.media)
+            return prompt, await engine.generate(prompt, Sampling(12, seed=seed + 1), "a")
+
+    return asyncio.run(run())
+
+
+def test_a_continued_context_is_as_good_as_a_fresh_one() -> None:
+    model = _model(4, stop_bias=2.0)
+    engine = _engine(model, slots=1)
+    prompt, second = _turns(engine, _prompt(0, 8, _item(1)), _prompt(1, 6, _item(2, (2, 4, 2))), 0)
+    _check(model, prompt, second)
+    assert _ask(_engine(model), (prompt, Sampling(12, seed=1)))[0].ids == second.ids
+
+
+def test_continuing_reads_only_the_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(4, stop_bias=2.0)
+    engine = _engine(model)
+    read: list[int] = []
+    plain = KimiK25.embed
+
+    def counted(
+        self: KimiK25, ids: torch.Tensor, patches: torch.Tensor, grids: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
+        read.append(len(ids))
+        return plain(self, ids, patches, grids)
+
+    monkeypatch.setattr(KimiK25, "embed", counted)
+    prompt, _ = _turns(engine, _prompt(0, 8, _item(1)), _prompt(1, 6), 0)
+    # The second prefill: the sampled stop token, which was never read, and the seven tokens that follow it.
+    assert sorted(read)[-2:] == [8, 11]
+    assert len(prompt.ids) > 19
+
+
+def test_equal_tokens_with_another_picture_are_another_context() -> None:
+    model = _model(5, stop_bias=50.0)  # the first token drawn is the stop token, so both openings end up equal
+    engine = _engine(model)
+    opening, other = _prompt(0, 8, _item(1)), _prompt(0, 8, _item(2))
+    _turns(engine, opening, _prompt(1, 6), 0)
+
+    async def run() -> Completion:
+        async with engine.run():
+            first = await engine.generate(opening, Sampling(4, temperature=0.0), "a")
+            prompt = TokenSequence(other.ids + first.ids + [65, 66], other.media)
+            done = await engine.generate(prompt, Sampling(4), "a")
+            _check(model, prompt, done)
+            return first
+
+    assert asyncio.run(run()).ids == [STOP]
+
+
+def test_new_weights_forget_old_contexts_and_are_named() -> None:
+    old, new = _model(4, stop_bias=2.0), _model(6, stop_bias=2.0)
+    engine = _engine(old)
+    opening = _prompt(0, 8)
+    first = _ask(engine, (opening, Sampling(40)))[0]
+    assert first.finish_reason == "stop"
+    engine.update("a", new)
+    prompt = TokenSequence(opening.ids + first.ids + [65, 66, 67])
+    second = _ask(engine, (prompt, Sampling(12)))[0]
+    _check(new, prompt, second)
+    assert (first.weight_version, second.weight_version) == (0, 1)
+
+
+def test_roles_speak_with_their_own_models() -> None:
+    one, two = _model(0), _model(1)
+    engine = LocalEngine({"one": one, "two": two}, TOKENIZER, slots=2, max_len=64)
+    prompt = _prompt(0, 9)
+
+    async def run() -> tuple[Completion, Completion]:
+        async with engine.run():
+            first, second = await asyncio.gather(*(engine.generate(prompt, Sampling(8), r) for r in ("one", "two")))
+            return first, second
+
+    first, second = asyncio.run(run())
+    _check(one, prompt, first)
+    _check(two, prompt, second)
+
+
+def test_a_request_that_cannot_fit_is_refused() -> None:
+    engine = _engine(_model(0), max_len=32)
+    with pytest.raises(ValueError, match="20 \\+ 13 tokens exceed the engine's 32"):
+        _ask(engine, (_prompt(0, 19), Sampling(13)))
+    assert len(_ask(engine, (_prompt(0, 19), Sampling(12)))[0].ids) <= 12
+
+
+def test_cancelled_requests_free_their_slots() -> None:
+    model = _model(0)
+    engine = _engine(model, slots=2, max_len=4000)
+
+    async def run() -> Completion:
+        async with engine.run():
+            endless = [
+                asyncio.create_task(engine.generate(_prompt(i, 4), Sampling(3000, seed=i), "a")) for i in range(5)
+            ]
+            for _ in range(40):
+                await asyncio.sleep(0)
+            for task in endless:
+                task.cancel()
+            # Both slots are needed again; a leaked one would leave the second waiting for ever.
+            done = await asyncio.wait_for(
+                asyncio.gather(*(engine.generate(_prompt(9, 6), Sampling(5), "a") for _ in range(2))), 60
+            )
+            assert all(task.cancelled() for task in await _settled(endless))
+            return done[1]
+
+    _check(model, _prompt(9, 6), asyncio.run(run()))
+
+
+async def _settled(tasks: list[asyncio.Task[Completion]]) -> list[asyncio.Task[Completion]]:
+    await asyncio.wait(tasks)
+    return tasks
+
+
+def test_an_engine_left_in_the_middle_of_requests_can_be_updated_and_run_again() -> None:
+    """Every run has an event loop of its own; what an aborted run left unanswered is dropped."""
+    model = _model(0)
+    engine = _engine(model, slots=2, max_len=4000)
+
+    async def abort() -> None:
+        async with engine.run():
+            task = asyncio.create_task(engine.generate(_prompt(0, 4), Sampling(3000), "a"))
+            for _ in range(40):
+                await asyncio.sleep(0)
+            task.cancel()
+
+    asyncio.run(abort())
+    engine.update("a", model)
+    prompt = _prompt(9, 6)
+    for completion in _ask(engine, *((prompt, Sampling(5, seed=i)) for i in range(3))):
+        _check(model, prompt, completion)
+
+
+def test_placeholders_are_never_written() -> None:
+    """A sampled media placeholder would stand for a picture that does not exist."""
+    model = _model(0)
+    model.language_model.lm_head.weight[PAD] = model.language_model.lm_head.weight[STOP] * 0
+    hidden = model(Batch(torch.tensor([65, 66]), Segments([2]), torch.empty(0, 3, 8, 8), []))[-1]
+    model.language_model.lm_head.weight[PAD] = hidden * 10
+    prompt = TokenSequence([65, 66])
+    assert int(model.logits(hidden).argmax()) == PAD
+    for sampling in (Sampling(1, temperature=0.0), Sampling(1, seed=1)):
+        completion = _ask(_engine(model), (prompt, sampling))[0]
+        assert PAD not in completion.ids
+        _check(model, prompt, completion)
