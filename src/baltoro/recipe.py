@@ -25,7 +25,7 @@ from baltoro.config import dump
 from baltoro.data.mixture import Mixture, Source
 from baltoro.data.sources import Sources
 from baltoro.eval.evaluation import Evaluation, EvaluationConfig, evaluate
-from baltoro.eval.record import episode, gallery
+from baltoro.eval.record import episode, gallery, numbers
 from baltoro.eval.wide import WideResult, evaluate_wide, held_out_jobs
 from baltoro.model.config import PRESETS, ModelConfig, Yarn
 from baltoro.model.init import induction_heads, initialise
@@ -44,7 +44,7 @@ from baltoro.swarm.wide import Library, WideRules, solve
 from baltoro.train.machine import prepare_machine
 from baltoro.train.stage import StageConfig, StepReport, run_stage
 from baltoro.train.state import load_state, read_progress
-from baltoro.world.corpora import FIELDS, folder_corpus, python_corpus
+from baltoro.world.corpora import folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
 from baltoro.world.tasks import wide_search
@@ -444,8 +444,6 @@ class Run:
             seed=self.config.seed,
             commit=commit(),
             model={"parameters": total, "active": active},
-            vision={name: {"accuracy": r.accuracy, "chance": r.chance, "n": r.n} for name, r in final.vision.items()},
-            boxes_by_code={"accuracy": final.boxes_by_code, "n": config.code_n},
             rl={
                 "curve": [{"iteration": m["step"], **m} for m in rl],
                 "reward_before": rl[0]["reward"],
@@ -459,21 +457,7 @@ class Run:
                 "item_f1_before": first.item_f1,
                 "curve": [{"iteration": m["step"], **m} for m in parl],
             },
-            wide_search={
-                "entities": list(config.entities),
-                "budget": config.budget,
-                **{mode: result.summary() for mode, result in final.wide.items()},
-                "curve": {
-                    mode: [{"budget": b, **r.summary()} for b, r in zip(config.budgets, results, strict=True)]
-                    for mode, results in final.curve.items()
-                },
-            },
-            real_documents={
-                "packages": sum(len(job.task.names) for job in final.package_jobs),
-                "fields": list(FIELDS),
-                "budget": config.package_budget,
-                **{mode: result.summary() for mode, result in final.packages.items()},
-            },
+            **numbers(final, config),
         )
         folder.write_json("examples.json", gallery(final.vision))
         for mode, result in final.wide.items():

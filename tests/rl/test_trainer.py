@@ -53,7 +53,7 @@ def _reward(trace: Trace, iteration: int) -> float:
 
 def _run(folder: Path, model: KimiK25, iterations: int) -> list[IterationReport]:
     reports: list[IterationReport] = []
-    config = RLConfig(iterations, tasks=3, rollouts=8, lr=5e-3, objective=ObjectiveConfig())
+    config = RLConfig(iterations, tasks=3, rollouts=8, lr=2e-2, objective=ObjectiveConfig())
     engine = LocalEngine({"policy": model}, TOKENIZER, slots=32, max_len=16)
     run_rl("rl", model, "policy", engine, config, _rollout, _reward, 5, folder / "rl.safetensors", reports.append)
     return reports

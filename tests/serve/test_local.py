@@ -15,14 +15,15 @@ from baltoro.model.attention import Segments
 from baltoro.model.config import NANO
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.vit import Grid
 from baltoro.serve.local import LocalEngine
 
 TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
 PAD, STOP = TOKENIZER.media_pad, TOKENIZER.im_end
 
 
-def _model(seed: int, stop_bias: float = 0.0) -> KimiK25:
-    """`stop_bias` > 0 makes the stop token likely enough that answers end by themselves."""
+def _model(seed: int, stops: float = 0.0) -> KimiK25:
+    """`stops` makes the stop token likely: all embeddings share a direction, and the stop token's head points there."""
     text = dataclasses.replace(
         NANO.text, vocab_size=TOKENIZER.vocab_size, hidden_size=48, num_layers=2, initializer_range=0.2
     )
@@ -30,7 +31,10 @@ def _model(seed: int, stop_bias: float = 0.0) -> KimiK25:
     model = KimiK25(dataclasses.replace(NANO, text=text, vision=vision), PAD)
     initialise(model, torch.Generator().manual_seed(seed))
     model.eval().requires_grad_(False)
-    model.language_model.lm_head.weight[STOP] *= 1 + stop_bias
+    if stops:
+        shared = torch.randn(48, generator=torch.Generator().manual_seed(seed))
+        model.language_model.model.embed_tokens.weight += shared
+        model.language_model.lm_head.weight[STOP] = stops * shared / 48
     return model
 
 
@@ -52,9 +56,7 @@ def _prompt(seed: int, length: int, *media: MediaItem) -> TokenSequence:
 def _rescored(model: KimiK25, prompt: TokenSequence, completion: Completion) -> torch.Tensor:
     """[sampled, vocabulary] log-probabilities of one forward over everything."""
     ids = torch.tensor(prompt.ids + completion.ids)
-    patches = (
-        torch.cat([torch.from_numpy(m.patches) for m in prompt.media]) if prompt.media else torch.empty(0, 3, 8, 8)
-    )
+    patches = torch.cat([torch.empty(0, 3, 8, 8), *(torch.from_numpy(m.patches) for m in prompt.media)])
     hidden = model(Batch(ids, Segments([len(ids)]), patches, [m.grid_thw for m in prompt.media]))
     return model.logits(hidden)[len(prompt.ids) - 1 : -1].log_softmax(-1)
 
@@ -78,15 +80,10 @@ def _engine(model: KimiK25, slots: int = 4, max_len: int = 96) -> LocalEngine:
 
 def test_logprobs_are_those_of_the_model_at_temperature_1() -> None:
     """More requests than slots, of different lengths, temperatures and media, some ending by themselves."""
-    model = _model(0, stop_bias=1.0)
+    model = _model(0, stops=3.0)
     media: list[list[MediaItem]] = [[], [_item(1)], [], [_item(2), _item(3, (3, 4, 2))], [], [_item(4, (1, 4, 4))]]
-    requests = [
-        (
-            _prompt(i, 3 + 7 * i, *media[i % 6]),
-            Sampling(20, temperature=(1.0, 0.6, 0.0)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=i),
-        )
-        for i in range(9)
-    ]
+    samplings = [Sampling(20, 1.0, 1.0, 0), Sampling(20, 0.6, 0.9, 1), Sampling(20, 0.0, 1.0, 2)]
+    requests = [(_prompt(i, 3 + 7 * i, *media[i % 6]), samplings[i % 3]) for i in range(9)]
     done = _ask(_engine(model), *requests)
     assert {c.finish_reason for c in done} == {"stop", "length"}
     for (prompt, _), completion in zip(requests, done, strict=True):
@@ -147,7 +144,7 @@ def _turns(
 
 
 def test_a_continued_context_is_as_good_as_a_fresh_one() -> None:
-    model = _model(4, stop_bias=2.0)
+    model = _model(4, stops=3.0)
     engine = _engine(model, slots=1)
     prompt, second = _turns(engine, _prompt(0, 8, _item(1)), _prompt(1, 6, _item(2, (2, 4, 2))), 0)
     _check(model, prompt, second)
@@ -155,26 +152,24 @@ def test_a_continued_context_is_as_good_as_a_fresh_one() -> None:
 
 
 def test_continuing_reads_only_the_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model(4, stop_bias=2.0)
+    model = _model(4, stops=3.0)
     engine = _engine(model)
     read: list[int] = []
     plain = KimiK25.embed
 
-    def counted(
-        self: KimiK25, ids: torch.Tensor, patches: torch.Tensor, grids: list[tuple[int, int, int]]
-    ) -> torch.Tensor:
+    def counted(self: KimiK25, ids: torch.Tensor, patches: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         read.append(len(ids))
         return plain(self, ids, patches, grids)
 
     monkeypatch.setattr(KimiK25, "embed", counted)
     prompt, _ = _turns(engine, _prompt(0, 8, _item(1)), _prompt(1, 6), 0)
     # The second prefill: the sampled stop token, which was never read, and the seven tokens that follow it.
-    assert sorted(read)[-2:] == [8, 11]
+    assert sorted(read)[-2:] == [8, 12]
     assert len(prompt.ids) > 19
 
 
 def test_equal_tokens_with_another_picture_are_another_context() -> None:
-    model = _model(5, stop_bias=50.0)  # the first token drawn is the stop token, so both openings end up equal
+    model = _model(5, stops=50.0)  # the first token drawn is the stop token, so both openings end up equal
     engine = _engine(model)
     opening, other = _prompt(0, 8, _item(1)), _prompt(0, 8, _item(2))
     _turns(engine, opening, _prompt(1, 6), 0)
@@ -191,7 +186,7 @@ def test_equal_tokens_with_another_picture_are_another_context() -> None:
 
 
 def test_new_weights_forget_old_contexts_and_are_named() -> None:
-    old, new = _model(4, stop_bias=2.0), _model(6, stop_bias=2.0)
+    old, new = _model(4, stops=3.0), _model(6, stops=3.0)
     engine = _engine(old)
     opening = _prompt(0, 8)
     first = _ask(engine, (opening, Sampling(40)))[0]
@@ -220,9 +215,14 @@ def test_roles_speak_with_their_own_models() -> None:
 
 def test_a_request_that_cannot_fit_is_refused() -> None:
     engine = _engine(_model(0), max_len=32)
-    with pytest.raises(ValueError, match="20 \\+ 13 tokens exceed the engine's 32"):
-        _ask(engine, (_prompt(0, 19), Sampling(13)))
-    assert len(_ask(engine, (_prompt(0, 19), Sampling(12)))[0].ids) <= 12
+
+    async def run() -> Completion:
+        async with engine.run():
+            with pytest.raises(ValueError, match=r"20 \+ 13 tokens exceed the engine's 32"):
+                await engine.generate(_prompt(0, 19), Sampling(13), "a")
+            return await engine.generate(_prompt(0, 19), Sampling(12), "a")
+
+    assert len(asyncio.run(run()).ids) == 12
 
 
 def test_cancelled_requests_free_their_slots() -> None:
@@ -231,9 +231,8 @@ def test_cancelled_requests_free_their_slots() -> None:
 
     async def run() -> Completion:
         async with engine.run():
-            endless = [
-                asyncio.create_task(engine.generate(_prompt(i, 4), Sampling(3000, seed=i), "a")) for i in range(5)
-            ]
+            jobs = [engine.generate(_prompt(i, 4), Sampling(3000, seed=i), "a") for i in range(5)]
+            endless = [asyncio.create_task(job) for job in jobs]
             for _ in range(40):
                 await asyncio.sleep(0)
             for task in endless:

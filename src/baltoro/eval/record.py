@@ -11,11 +11,36 @@ from PIL import Image as PilImage
 
 from baltoro.agent.trace import Trace, media_by_hash
 from baltoro.chat.messages import Clip, Image
+from baltoro.eval.evaluation import Evaluation, EvaluationConfig
 from baltoro.eval.vision import VisionResult
 from baltoro.eval.wide import Job
 from baltoro.swarm.critical import critical_steps
+from baltoro.world.corpora import FIELDS
 
 _GALLERY = 4
+
+
+def numbers(final: Evaluation, config: EvaluationConfig) -> dict[str, Any]:
+    """An evaluation as results.json holds it."""
+    return {
+        "vision": {name: {"accuracy": r.accuracy, "chance": r.chance, "n": r.n} for name, r in final.vision.items()},
+        "boxes_by_code": {"accuracy": final.boxes_by_code, "n": config.code_n},
+        "wide_search": {
+            "entities": list(config.entities),
+            "budget": config.budget,
+            **{mode: result.summary() for mode, result in final.wide.items()},
+            "curve": {
+                mode: [{"budget": b, **r.summary()} for b, r in zip(config.budgets, results, strict=True)]
+                for mode, results in final.curve.items()
+            },
+        },
+        "real_documents": {
+            "packages": sum(len(job.task.names) for job in final.package_jobs),
+            "fields": list(FIELDS),
+            "budget": config.package_budget,
+            **{mode: result.summary() for mode, result in final.packages.items()},
+        },
+    }
 
 
 def gallery(results: Mapping[str, VisionResult]) -> list[dict[str, Any]]:

@@ -66,26 +66,32 @@ class _Lane:
         self.running: list[_Request] = []
 
     def admit(self) -> list[_Request]:
-        """Give waiting requests a slot, first of all one that already holds the beginning of their prompt."""
-        fresh: list[_Request] = []
-        while self.waiting and (self.free or self.kept):
-            request = self.waiting.pop(0)
-            request.slot, request.read = self._place(request.prompt)
+        """Give waiting requests a slot: first those that go on from a kept context, so that agents which have begun
+        finish before others begin; then the others, in the place of the oldest kept contexts if need be."""
+        going_on = [r for r in self.waiting if self._continue(r)]
+        fresh = going_on
+        for request in [r for r in self.waiting if r.slot < 0]:
+            if not self.free and self.kept:
+                self.free.append(self.kept.pop(next(iter(self.kept))))
+            if not self.free:
+                break
+            request.slot = self.free.pop()
             fresh.append(request)
+        self.waiting = [r for r in self.waiting if r.slot < 0]
         return fresh
 
-    def _place(self, prompt: TokenSequence) -> tuple[int, int]:
-        ids = prompt.ids
-        for end in range(len(ids) - 1, 0, -1):
+    def _continue(self, request: _Request) -> bool:
+        prompt = request.prompt
+        for end in range(len(prompt.ids) - 1, 0, -1):
             # A kept context ends with a sampled stop token, so only those places are looked up.
-            if ids[end - 1] == self.stop:
+            if prompt.ids[end - 1] == self.stop:
                 media = prompt.media[: len(prompt.media) - len(self.unread_media(prompt, end))]
-                slot = self.kept.pop((tuple(ids[:end]), tuple(media)), None)
+                slot = self.kept.pop((tuple(prompt.ids[:end]), tuple(media)), None)
                 if slot is not None:
-                    return slot, end - 1  # the stop token itself was sampled but never read
-        if not self.free:
-            self.free.append(self.kept.pop(next(iter(self.kept))))
-        return self.free.pop(), 0
+                    request.slot = slot
+                    request.read = end - 1  # the stop token itself was sampled but never read
+                    return True
+        return False
 
     def release(self, request: _Request) -> None:
         context = ((*request.prompt.ids, *request.ids), tuple(request.prompt.media))

@@ -18,7 +18,7 @@ def prepare_machine(threads: int, dtype: str) -> torch.dtype:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     # Filling every fresh tensor costs a third of a step; nothing here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if platform.libc_ver()[0] == "glibc":
         # By default every large tensor is a fresh mapping, and page faults cost more than the arithmetic on it.
         libc = ctypes.CDLL(None)
