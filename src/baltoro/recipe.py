@@ -27,7 +27,7 @@ from baltoro.data.sources import Sources
 from baltoro.eval.evaluation import Evaluation, EvaluationConfig, evaluate
 from baltoro.eval.record import episode, gallery, numbers
 from baltoro.eval.wide import WideResult, evaluate_wide, held_out_jobs
-from baltoro.model.config import PRESETS, ModelConfig, Yarn
+from baltoro.model.config import PRESETS, ModelConfig, TextConfig, Yarn
 from baltoro.model.init import induction_heads, initialise
 from baltoro.model.kimi import KimiK25, count_parameters
 from baltoro.report.headline import headline
@@ -82,6 +82,19 @@ class LongContextConfig:
 
 
 @dataclass(frozen=True)
+class CaptionerConfig:
+    """The small dense language model of the ViT stage: the main one's widths with fewer and narrower layers."""
+
+    num_layers: int
+    intermediate_size: int
+
+    def of(self, text: TextConfig) -> TextConfig:
+        return dataclasses.replace(
+            text, num_layers=self.num_layers, first_k_dense=self.num_layers, intermediate_size=self.intermediate_size
+        )
+
+
+@dataclass(frozen=True)
 class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
     bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
@@ -97,6 +110,7 @@ class RecipeConfig:
     media: MediaSpec
     passage_tokens: int
     agents: AgentsConfig
+    captioner: CaptionerConfig
     vit: StageConfig
     projector: StageConfig
     pretrain: StageConfig
@@ -171,8 +185,14 @@ class Run:
             induction_heads(model, generator)
         return model
 
-    def descend(self, name: str, stage: StageConfig, sources: Callable[[random.Random], Mapping[str, Source]]) -> None:
-        """One supervised stage over a mixture of sources."""
+    def descend(
+        self,
+        name: str,
+        stage: StageConfig,
+        sources: Callable[[random.Random], Mapping[str, Source]],
+        model: KimiK25 | None = None,
+    ) -> None:
+        """One supervised stage over a mixture of sources, of the model unless another one is given."""
         checkpoint = self.folder.checkpoint(name)
         done = read_progress(checkpoint).step if checkpoint.exists() else 0
         self.folder.begin_stage(name, done)
@@ -181,14 +201,16 @@ class Run:
 
         def report(step: StepReport) -> None:
             self.folder.log(name, **dataclasses.asdict(step))
-            self._show(name, step.step, {"loss": step.loss, "tokens/s": step.tokens / step.seconds})
+            self._show(
+                name, model or self.model, step.step, {"loss": step.loss, "tokens/s": step.tokens / step.seconds}
+            )
 
-        progress = run_stage(name, self.model, stage, mixture, checkpoint, report)
+        progress = run_stage(name, model or self.model, stage, mixture, checkpoint, report)
         self.folder.end_stage(name, _LEARNS[name], progress.seconds, progress.tokens, "loss")
 
-    def _show(self, name: str, done: int, metrics: dict[str, float]) -> None:
+    def _show(self, name: str, model: KimiK25, done: int, metrics: dict[str, float]) -> None:
         if time.monotonic() - self._shown > 10:
-            text = self.live.complete(self.model, self.tokenizer)
+            text = self.live.complete(model, self.tokenizer)
             self.display.live(text)
             self.folder.log_live(name, done, text)
             self._shown = time.monotonic()
@@ -225,7 +247,7 @@ class Run:
         def pretraining(rng: random.Random) -> dict[str, Source]:
             return self.text_sources(rng, (1, 3), short, even)
 
-        self.descend("vit", c.vit, pretraining)
+        self._train_tower(pretraining)
         self.descend("projector", c.projector, pretraining)
         self.descend("pretrain", c.pretrain, pretraining)
         self.stretch()
@@ -233,6 +255,14 @@ class Run:
             "longctx", c.longctx.stage, lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, even)
         )
         self.descend("sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths))
+
+    def _train_tower(self, sources: Callable[[random.Random], Mapping[str, Source]]) -> None:
+        """The tower learns with a small language model (the report's is Moonlight), which is then left behind."""
+        captioner = dataclasses.replace(self.model_config, text=self.config.captioner.of(self.model_config.text))
+        small = self._fresh(captioner)
+        self.descend("vit", self.config.vit, sources, small)
+        self.model.vision_tower.load_state_dict(small.vision_tower.state_dict())
+        self.model.mm_projector.load_state_dict(small.mm_projector.state_dict())
 
     def stretch(self) -> None:
         """The same weights under YaRN's frequencies and softmax scale."""
@@ -353,7 +383,7 @@ class Run:
                 outside=update.outside,
                 mismatch=update.mismatch,
             )
-            self._show(name, iteration.iteration, numbers)
+            self._show(name, model, iteration.iteration, numbers)
 
         progress = run_rl(
             name,

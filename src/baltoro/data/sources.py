@@ -12,6 +12,7 @@ from baltoro.world.tasks import row
 from baltoro.world.vision import VISION_TASKS, VisionExample
 
 _VISION = list(VISION_TASKS.values())
+_DESCRIBED = [VISION_TASKS[name] for name in ("box", "count", "chart", "ocr", "digit", "motion", "event")]
 
 
 class Sources:
@@ -51,14 +52,20 @@ class Sources:
         return TokenSequence(before + after, [], [0] * len(before) + [1] * len(after))
 
     def caption(self, rng: random.Random) -> TokenSequence:
-        """Picture or clip -> its full description (alt text, boxes, lettering)."""
-        example = self._example(rng)
-        return self.chat([user(example.media), assistant(example.caption)])
+        """Picture or clip -> its full description (alt text, boxes, lettering), with nothing around them: what the
+        vision tower learns from. Every kind of picture equally often."""
+        example = rng.choice(_DESCRIBED).sample(rng, "train")
+        t = self.tokenizer
+        media = render([user(example.media)], t, self.media).media
+        pads = sum(self.media.tokens(item.grid_thw) for item in media)
+        text = [*t.encode(example.caption), t.im_end]
+        return TokenSequence([t.media_pad] * pads + text, media, [0] * pads + [1] * len(text))
 
     def question(self, rng: random.Random) -> TokenSequence:
-        """Picture or clip and a question -> the short answer."""
+        """Picture or clip and a question -> the short answer, then the description of the same picture."""
         example = self._example(rng)
-        return self.chat([user(example.media, example.question), assistant(example.answer)])
+        first = [user(example.media, example.question), assistant(example.answer)]
+        return self.chat([*first, user("describe"), assistant(example.caption)])
 
     def _example(self, rng: random.Random) -> VisionExample:
         return rng.choice(_VISION).sample(rng, "train")

@@ -9,7 +9,7 @@ from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_res
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
-from baltoro.world.tasks import WideSearch, row, wide_search
+from baltoro.world.tasks import WideSearch, numbered, row, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
@@ -21,7 +21,7 @@ _BOX_CODE = """import numpy as np
 im = np.load('image.npy').astype(int)
 y, x = np.where(abs(im - {colour}).sum(2) < 60)
 h, w, _ = im.shape
-print(x.min() * 32 // w, y.min() * 32 // h, x.max() * 32 // w, y.max() * 32 // h)"""
+print(*(round(v * 32 / s) for v, s in ((x.min(), w), (y.min(), h), (x.max() + 1, w), (y.max() + 1, h))))"""
 
 
 class Demonstrator:
@@ -49,25 +49,26 @@ class Demonstrator:
         return [*messages, assistant(row(name, task.gold[name], task.columns))]
 
     def single(self, rng: random.Random, low: int, high: int) -> list[Message]:
-        """Entity after entity, with a note of each in the reasoning; sometimes told to answer before it is done."""
+        """Entity after entity; the reasoning notes what was found and what comes next. Sometimes told to answer before it
+        is done."""
         task = wide_search(rng, self.world, low, high)
         messages = [system(SINGLE_PROMPT), user(task.prompt)]
         notes: list[str] = []
         cut = rng.randrange(2 * len(task.names)) if rng.random() < 0.3 else None
-        reasoning = ""
+        note = ""
         for i, name in enumerate(task.names):
-            self._search(messages, 2 * i, name, reasoning)
-            reasoning = ""
+            self._search(messages, 2 * i, name, f"{note}{i + 1}\n{name}")
+            note = ""
             if cut == 2 * i:
                 break
             self._open(messages, 2 * i + 1, name)
-            reasoning = row(name, task.gold[name], task.columns)
-            notes.append(reasoning)
+            notes.append(row(name, task.gold[name], task.columns))
+            note = f"{notes[-1]}\n"
             if cut == 2 * i + 1:
                 break
         if cut is not None:
             messages.append(user(NOTICE))
-        return [*messages, assistant("\n".join(notes), reasoning=reasoning)]
+        return [*messages, assistant(numbered(notes), reasoning=note.strip())]
 
     def orchestrator(
         self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
@@ -92,7 +93,7 @@ class Demonstrator:
                 messages.append(tool_result(call.id, row(name, task.gold[name], task.columns)))
         if len(names) < len(task.names):
             messages.append(user(NOTICE))
-        return [*messages, assistant("\n".join(row(n, task.gold[n], task.columns) for n in names))]
+        return [*messages, assistant(numbered(row(n, task.gold[n], task.columns) for n in names))]
 
     def pixels(self, rng: random.Random) -> list[Message]:
         """An image operation as code, on a picture that is named but never shown (zero-vision SFT, 2.2): find an object

@@ -37,14 +37,16 @@ class SearchIndex:
         return cls(connection)
 
     def search(self, query: str, k: int) -> list[Hit]:
-        """The k best pages that have any word of the query; pages of equal rank in the order they were added."""
+        """The k best pages that have any word of the query, first the one whose title it is; pages of equal rank in the
+        order they were added."""
         # Every word becomes a quoted string, so that no text of the model is read as FTS5 syntax.
         words = re.findall(r"\w+", query)
         if not words:
             return []
         rows = self._connection.execute(
-            "SELECT url, title FROM pages WHERE pages MATCH ? ORDER BY bm25(pages, ?, 1.0), rowid LIMIT ?",
-            (" OR ".join(f'"{word}"' for word in words), _TITLE_WEIGHT, k),
+            "SELECT url, title FROM pages WHERE pages MATCH ? "
+            "ORDER BY title = ? COLLATE NOCASE DESC, bm25(pages, ?, 1.0), rowid LIMIT ?",
+            (" OR ".join(f'"{word}"' for word in words), query.strip(), _TITLE_WEIGHT, k),
         )
         return [Hit(url, title) for url, title in rows]
 

@@ -56,7 +56,7 @@ def folder_corpus(folder: Path) -> Corpus:
     """Every readable text file (.txt, .md, .rst, .py) below `folder`, in the order of their paths."""
     if not folder.is_dir():
         raise FileNotFoundError(f"corpus folder {folder} does not exist; correct corpus= or leave it out")
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".py"))
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".md", ".rst", ".py") and p.is_file())
     text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in files)
     if len(text) < 10_000:
         raise ValueError(f"corpus folder {folder} holds less than 10 kB of .txt, .md, .rst or .py; add text to it")
@@ -82,15 +82,22 @@ def installed_packages() -> list[PackageRecord]:
     The document holds the metadata's own header lines, in their order, without the description; lines over 80
     characters are cut, as a page reader does.
     """
-    records: dict[str, PackageRecord] = {}
+    seen: set[str] = set()
+    found: list[tuple[str, dict[str, str], str]] = []
     for dist in importlib.metadata.distributions():
         message = cast(EmailMessage, dist.metadata)  # what it is, though the protocol does not say so
         header = [(_LABELS.get(key, key), str(value).split("\n")[0].strip()) for key, value in message.items()]
         # Of two lines with one label the last is the newer form (License, then License-Expression).
         first = {label: value for label, value in header if value}
         name = first.get("Name", "")
+        if name.lower() in seen:  # hidden by the one that stands earlier on the path, as for import
+            continue
+        seen.add(name.lower())
         values = {label: first.get(label, "") for label in FIELDS}
         if name and all(value and len(value) <= 40 for value in values.values()):
             lines = [name, *(f"- {label}: {value[:80]}" for label, value in first.items() if label in _SHOWN)]
-            records[name.lower()] = PackageRecord(name, values, Document(str(len(records)), name, ("\n".join(lines),)))
-    return [records[key] for key in sorted(records)]
+            found.append((name, values, "\n".join(lines)))
+    found.sort(key=lambda record: record[0].lower())
+    return [
+        PackageRecord(name, values, Document(str(url), name, (page,))) for url, (name, values, page) in enumerate(found)
+    ]

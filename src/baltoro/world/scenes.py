@@ -180,8 +180,8 @@ class Room:
     share: float
 
 
-ALONE = Room((32, 48, 64, 80), 1 / 2)
-FEW = Room((48, 64, 80), 1 / 3)
+ALONE = Room((32, 48, 64), 1 / 2)
+FEW = Room((48, 64), 1 / 3)
 CROWD = Room((64, 80), 1 / 5)
 
 

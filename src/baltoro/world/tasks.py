@@ -1,6 +1,7 @@
 """Agent tasks on a world, each with its gold answer: wide search, deep search."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from baltoro.world.entities import Entity, World
@@ -20,7 +21,7 @@ class WideSearch:
     @property
     def prompt(self) -> str:
         """Says what is wanted and nothing of how to go about it."""
-        return "\n".join((f"Find {', '.join(self.columns)}.", *self.names))
+        return f"Find {', '.join(self.columns)}.\n{numbered(self.names)}"
 
 
 def wide_search(rng: random.Random, world: World, low: int, high: int, columns: tuple[int, int] = (2, 3)) -> WideSearch:
@@ -30,6 +31,12 @@ def wide_search(rng: random.Random, world: World, low: int, high: int, columns: 
     keys = tuple(rng.sample(kind.keys, rng.randint(*columns)))
     gold = {entity.name: {key: entity.attributes[key] for key in keys} for entity in picked}
     return WideSearch(tuple(gold), keys, gold)
+
+
+def numbered(lines: Iterable[str]) -> str:
+    """Each line behind its number, which stands on a line of its own: so every line begins as it does elsewhere, and is
+    the same tokens."""
+    return "\n".join(f"{number}\n{line}" for number, line in enumerate(lines, 1))
 
 
 def row(name: str, values: dict[str, str], columns: tuple[str, ...]) -> str:

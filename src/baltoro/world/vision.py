@@ -304,12 +304,12 @@ def chance(task: str, n: int, seed: int) -> float:
 
 
 def _borrowed(family: VisionTask, examples: Sequence[VisionExample]) -> float:
-    """Mean score when each example gets the answers of the _SHIFTS before it, cyclically."""
-    shifts = range(1, 1 + _SHIFTS)
+    """Mean score when each example gets the answers of the _SHIFTS others before it, cyclically; 0 without others."""
+    shifts = range(1, min(1 + _SHIFTS, len(examples)))
     scores = [
         family.score(examples[i - shift].answer, example.gold) for i, example in enumerate(examples) for shift in shifts
     ]
-    return sum(scores) / len(scores)
+    return sum(scores) / max(1, len(scores))
 
 
 def _constant(family: VisionTask, examples: Sequence[VisionExample]) -> float:

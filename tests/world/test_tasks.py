@@ -1,0 +1,68 @@
+"""Wide-search tasks: gold answers that the pages state, prompts that only say what is wanted."""
+
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baltoro.world.entities import World
+from baltoro.world.tasks import WideSearch, row, wide_search
+
+WORLDS = [World(seed, split) for seed in range(4) for split in ("train", "heldout")]
+IMPLIED_WIDTH = re.compile(r"parallel|concurren|simultan|at once|split|together|same time|batch|all at|divide", re.I)
+
+
+@given(
+    world=st.sampled_from(WORLDS),
+    seed=st.integers(0, 2**32),
+    sizes=st.tuples(st.integers(1, 25), st.integers(0, 8)),
+    columns=st.sampled_from([(1, 1), (2, 3), (3, 3)]),
+)
+def test_the_pages_state_the_gold_answer(
+    world: World, seed: int, sizes: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    low, high = sizes[0], sizes[0] + sizes[1]
+    task = wide_search(random.Random(seed), world, low, high, columns)
+    # A kind has 20 entities: more cannot be asked for.
+    assert min(low, 20) <= len(task.names) <= min(high, 20)
+    assert columns[0] <= len(task.columns) <= columns[1]
+    assert len(set(task.names)) == len(task.names)
+    assert len(set(task.columns)) == len(task.columns)
+    assert tuple(task.gold) == task.names
+    pages = {document.title: document.text.split("\n") for document in world.documents}
+    for name, cells in task.gold.items():
+        assert set(cells) == set(task.columns)
+        assert all(f"- {column}: {value}" in pages[name] for column, value in cells.items())
+
+
+def test_every_size_and_every_kind_is_asked_for() -> None:
+    tasks = [wide_search(random.Random(seed), WORLDS[0], 3, 5) for seed in range(200)]
+    assert {len(task.names) for task in tasks} == {3, 4, 5}
+    assert {len(task.columns) for task in tasks} == {2, 3}
+    kinds = {
+        tuple(sorted(kind.keys)) for task in tasks for kind in WORLDS[0].kinds if set(task.columns) <= set(kind.keys)
+    }
+    assert len(kinds) == 4
+
+
+def test_the_prompt() -> None:
+    gold = {"Bel Stanby": {"age": "20", "metal": "abnel"}, "Ok Rudton": {"age": "31", "metal": "tuvey"}}
+    task = WideSearch(("Bel Stanby", "Ok Rudton"), ("metal", "age"), gold)
+    assert task.prompt == "Find metal, age.\nBel Stanby\nOk Rudton"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> None:
+    task = wide_search(random.Random(seed), WORLDS[seed % len(WORLDS)], 8, 16)
+    assert not IMPLIED_WIDTH.search(task.prompt)
+    first, *names = task.prompt.split("\n")
+    assert tuple(names) == task.names
+    assert first == f"Find {', '.join(task.columns)}."
+
+
+def test_a_row() -> None:
+    assert row("Bel Stanby", {"age": "20", "metal": "abnel", "x": "?"}, ("metal", "age")) == (
+        "Bel Stanby | metal: abnel | age: 20"
+    )
