@@ -61,7 +61,7 @@ def _perfect(prompt: str, role: str) -> str:
     found = _returns(prompt)
     if role == "orchestrator":
         if step == 0:
-            create = {"name": "r", "system_prompt": f"Find {', '.join(columns)}."}
+            create: dict[str, object] = {"name": "r", "system_prompt": f"Find {', '.join(columns)}."}
             return completion_text(calls=[("create_subagent", create)])
         if step == 1:
             return completion_text(calls=[("assign_task", {"agent": "r", "prompt": name}) for name in names])

@@ -126,7 +126,7 @@ def _reference(tower: VisionTower, patches: Tensor, grid: Grid) -> np.ndarray:
 def test_tower_equals_the_reference(tower: VisionTower, grid: Grid) -> None:
     patches = _patches(2, grid)
     got = tower(patches, [grid])
-    np.testing.assert_allclose(got.numpy(), _reference(tower, patches, grid), atol=3e-4)
+    np.testing.assert_allclose(got.numpy(), _reference(tower, patches, grid), atol=2e-5)
 
 
 def test_projector_normalises_patches_then_concatenates(projector: Projector) -> None:

@@ -31,6 +31,7 @@ PARALLEL_WORDS = re.compile(
     r"parallel|concurren|simultan|at once|at the same time|split|divide|together|batch|delegate|cohort|many|multiple",
     re.IGNORECASE,
 )
+Call = tuple[str, dict[str, object]]
 Draw = Callable[[Demonstrator, random.Random], list[Message]]
 DRAWS: dict[str, Draw] = {
     "subagent": lambda d, rng: d.subagent(rng),
@@ -167,8 +168,8 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
     for seed in range(60):
         expert = experts[seed % len(experts)]
         messages = expert.subagent(random.Random(seed))
-        create = ("create_subagent", {"name": SUBAGENT, "system_prompt": messages[0].text})
-        assign = ("assign_task", {"agent": SUBAGENT, "prompt": messages[1].text})
+        create: Call = ("create_subagent", {"name": SUBAGENT, "system_prompt": messages[0].text})
+        assign: Call = ("assign_task", {"agent": SUBAGENT, "prompt": messages[1].text})
         turns = {"orchestrator": [completion_text(calls=[create, assign]), completion_text("done")]}
         turns["subagent"] = spoken(messages)
         trace = await solve(

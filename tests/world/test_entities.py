@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -54,9 +55,9 @@ def test_every_entity_has_one_page_with_its_facts(worlds: dict[str, list[World]]
             for entity in kind.entities:
                 title, *facts = pages[entity.name]
                 assert title == entity.name
-                stated = [fact.removeprefix("- ").split(": ", 1) for fact in facts]
+                stated = [fact.removeprefix("- ").partition(": ") for fact in facts]
                 assert all(fact.startswith("- ") for fact in facts)
-                assert {key: value for key, value in stated} == entity.attributes
+                assert {key: value for key, _, value in stated} == entity.attributes
                 assert len(stated) == len(entity.attributes)
                 assert set(kind.keys) <= entity.attributes.keys()
                 assert all(entity.attributes[key].strip() for key in kind.keys)
@@ -84,13 +85,7 @@ def test_facts_cannot_be_learned_by_heart(worlds: dict[str, list[World]]) -> Non
         for kind in world.kinds[:3]:
             for entity in kind.entities:
                 seen.setdefault(entity.name, []).append(entity.attributes)
-    shared = [
-        (a[key], b[key])
-        for facts in seen.values()
-        for a, b in zip(facts, facts[1:], strict=False)
-        for key in a
-        if key in b
-    ]
+    shared = [(a[key], b[key]) for facts in seen.values() for a, b in pairwise(facts) for key in a if key in b]
     assert len(shared) > 100
     assert sum(a == b for a, b in shared) < 0.1 * len(shared)
     orders = {tuple(entity.attributes) for entity in worlds["train"][0].kinds[0].entities}

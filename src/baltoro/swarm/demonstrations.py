@@ -49,8 +49,8 @@ class Demonstrator:
         return [*messages, assistant(row(name, task.gold[name], task.columns))]
 
     def single(self, rng: random.Random, low: int, high: int) -> list[Message]:
-        """Entity after entity; the reasoning notes what was found and what comes next. Sometimes told to answer before it
-        is done."""
+        """Entity after entity; the reasoning notes what was found and what comes next. Sometimes told to answer before
+        it is done."""
         task = wide_search(rng, self.world, low, high)
         messages = [system(SINGLE_PROMPT), user(task.prompt)]
         notes: list[str] = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def prepare_machine(threads: int, dtype: str) -> torch.dtype:
@@ -24,6 +24,8 @@ def prepare_machine(threads: int, dtype: str) -> torch.dtype:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        # One heap for the forward and the backward thread: two would each keep the largest step's memory.
+        libc.mallopt(_M_ARENA_MAX, 1)
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
         return torch.bfloat16 if _has_bfloat16() else torch.float32
