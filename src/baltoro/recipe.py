@@ -241,11 +241,11 @@ class Run:
     def supervised(self) -> None:
         c = self.config
         agents = c.agents
-        short = (2, 4)
+        short = (2, 8)
         even = ((1, 0.5), (0, 0.5))
 
         def pretraining(rng: random.Random) -> dict[str, Source]:
-            return self.text_sources(rng, (1, 3), short, even)
+            return self.text_sources(rng, (1, 4), short, even)
 
         self._train_tower(pretraining)
         self.descend("projector", c.projector, pretraining)

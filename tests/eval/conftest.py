@@ -57,7 +57,7 @@ def _perfect(prompt: str, role: str) -> str:
     step = prompt.count("<|im_assistant|>") - 1
     columns = re.findall(r"<\|im_middle\|>Find (.*?)\.(?:\n|<\|im_end\|>)", prompt)[0].split(", ")
     names = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("\n")
-    names = names if role == "subagent" else names[1:]
+    names = names if role == "subagent" else names[2::2]  # a number stands before each
     found = _returns(prompt)
     if role == "orchestrator":
         if step == 0:

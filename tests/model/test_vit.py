@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from baltoro.model.config import NANO
-from baltoro.model.vit import Grid, Projector, VisionTower
+from baltoro.model.vit import Block, Grid, Projector, VisionTower
 
 CONFIG = dataclasses.replace(
     NANO.vision,
@@ -65,14 +65,14 @@ def _resize_matrix(size: int, old: int) -> np.ndarray:
     return matrix
 
 
-def _norm(x: np.ndarray, weight: Tensor, bias: Tensor | None) -> np.ndarray:
-    assert bias is not None
+def _norm(x: np.ndarray, module: nn.LayerNorm) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt(centred.__pow__(2).mean(-1, keepdims=True) + 1e-5) * weight.numpy() + bias.numpy()
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * module.weight.numpy() + module.bias.numpy()
 
 
-def _linear(x: np.ndarray, module: torch.nn.Module) -> np.ndarray:
-    return x @ module.weight.numpy().T.astype(np.float64) + module.bias.numpy()  # pyright: ignore
+def _linear(x: np.ndarray, module: nn.Module) -> np.ndarray:
+    assert isinstance(module, nn.Linear)
+    return x @ module.weight.numpy().T.astype(np.float64) + module.bias.numpy()
 
 
 def _reference(tower: VisionTower, patches: Tensor, grid: Grid) -> np.ndarray:
@@ -101,7 +101,8 @@ def _reference(tower: VisionTower, patches: Tensor, grid: Grid) -> np.ndarray:
                     angle[frame, row, column, 2 * k + 1] = row * 10000 ** (-4 * k / head_dim)
     turn = np.exp(1j * angle.reshape(t * h * w, -1))
     for block in tower.encoder.blocks:
-        qkv = _linear(_norm(x, block.norm0.weight, block.norm0.bias), block.wqkv)
+        assert isinstance(block, Block)
+        qkv = _linear(_norm(x, block.norm0), block.wqkv)
         outputs = []
         for head in range(heads):
             q, k, v = (qkv[:, part * dim + head * head_dim :][:, :head_dim] for part in range(3))
@@ -110,10 +111,10 @@ def _reference(tower: VisionTower, patches: Tensor, grid: Grid) -> np.ndarray:
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             outputs.append(weights / weights.sum(-1, keepdims=True) @ v)
         x = x + _linear(np.concatenate(outputs, -1), block.wo)
-        hidden = _linear(_norm(x, block.norm1.weight, block.norm1.bias), block.mlp.fc0)
+        hidden = _linear(_norm(x, block.norm1), block.mlp.fc0)
         hidden = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
         x = x + _linear(hidden, block.mlp.fc1)
-    x = _norm(x, tower.encoder.final_layernorm.weight, tower.encoder.final_layernorm.bias).reshape(t, h, w, dim)
+    x = _norm(x, tower.encoder.final_layernorm).reshape(t, h, w, dim)
     cells = [
         np.stack([x[:, 2 * i + a, 2 * j + b].mean(0) for a in range(2) for b in range(2)])
         for i in range(h // 2)
@@ -132,7 +133,7 @@ def test_tower_equals_the_reference(tower: VisionTower, grid: Grid) -> None:
 def test_projector_normalises_patches_then_concatenates(projector: Projector) -> None:
     x = torch.randn(5, 4, 32, generator=torch.Generator().manual_seed(3))
     first, _, second = projector.proj
-    wide = _norm(x.numpy().astype(np.float64), projector.pre_norm.weight, projector.pre_norm.bias).reshape(5, 128)
+    wide = _norm(x.numpy().astype(np.float64), projector.pre_norm).reshape(5, 128)
     hidden = _linear(wide, first)
     gelu = 0.5 * hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
     np.testing.assert_allclose(projector(x).numpy(), _linear(gelu, second), atol=1e-4)

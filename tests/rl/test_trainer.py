@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from baltoro.agent.engine import Engine, Sampling
-from baltoro.agent.trace import Trace
-from baltoro.chat.messages import TokenSequence
+from baltoro.agent.engine import Completion, Engine, Sampling
+from baltoro.agent.trace import Trace, Turn
+from baltoro.chat.messages import TokenSequence, assistant
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.config import NANO
 from baltoro.model.init import initialise
@@ -28,22 +28,28 @@ def _model() -> KimiK25:
     return model
 
 
-async def _rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
-    """Four tokens after one of three prompts, and a frozen child whose tokens must not be learned."""
-    prompt = [task_seed % 3, 7]
-    done = await engine.generate(TokenSequence(prompt), Sampling(4, seed=episode_seed), "policy")
+def _trace(role: str, prompt: list[int], done: Completion, trainable: bool, *children: Trace) -> Trace:
+    turn = Turn(len(prompt), tuple(done.ids), tuple(done.logprobs), 0, assistant(), (), children, 0.0, 0.0, 0.0)
     return Trace(
-        role="policy",
+        role=role,
         messages=(),
         tokens=(*prompt, *done.ids),
         loss_mask=(*[0] * len(prompt), *[1] * len(done.ids)),
         logprobs=(*[0.0] * len(prompt), *done.logprobs),
         media=(),
-        turns=(),
+        turns=(turn,),
         status="completed",
         final_text="",
-        trainable=True,
+        trainable=trainable,
     )
+
+
+async def _rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
+    """Four tokens after one of three prompts, and a frozen child, whose tokens the policy could not have sampled."""
+    prompt = [task_seed % 3, 7]
+    done = await engine.generate(TokenSequence(prompt), Sampling(4, seed=episode_seed), "policy")
+    child = _trace("child", [9, 9], Completion([200, 201, 202], [-0.001] * 3, "length", 0), False)
+    return _trace("policy", prompt, done, True, child)
 
 
 def _reward(trace: Trace, iteration: int) -> float:

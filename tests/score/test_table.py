@@ -87,6 +87,7 @@ def test_what_row_writes_parse_table_reads(table: Table) -> None:
         ("Ada | age: 36 | shoe: 40 | town: London", {"Ada": GOLD["Ada"]}),
         ("Here it is:\n\nAda | age: 36 | town: London\nnot found", {"Ada": GOLD["Ada"]}),
         ("Ada | town: London: City", {"Ada": {"town": "London: City"}}),
+        ("1\nAda | age: 36 | town: London\n2\nBo | age: 20 | town: Rome", GOLD),
         ("Ada | age 36 | town", {"Ada": {}}),
         ("| age: 36 | town: London", {}),
         ("", {}),

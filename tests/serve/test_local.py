@@ -152,21 +152,34 @@ def test_a_continued_context_is_as_good_as_a_fresh_one() -> None:
     assert _ask(_engine(model), (prompt, Sampling(12, seed=1)))[0].ids == second.ids
 
 
-def test_continuing_reads_only_the_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model(4, stops=1.6)
-    engine = _engine(model)
-    read: list[int] = []
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each step of the engine read."""
+    counts: list[int] = []
     plain = KimiK25.embed
 
     def counted(self: KimiK25, ids: torch.Tensor, patches: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
-        read.append(len(ids))
+        counts.append(len(ids))
         return plain(self, ids, patches, grids)
 
     monkeypatch.setattr(KimiK25, "embed", counted)
-    prompt, _ = _turns(engine, _prompt(0, 8, _item(1)), _prompt(1, 6), 0)
-    # The second prefill: the sampled stop token, which was never read, and the seven tokens that follow it.
-    assert sorted(read)[-2:] == [8, 12]
-    assert len(prompt.ids) > 19
+    return counts
+
+
+def test_continuing_reads_only_the_new_tokens(reads: list[int]) -> None:
+    _turns(_engine(_model(4, stops=1.6)), _prompt(0, 8, _item(1)), _prompt(1, 6, _item(2, (2, 4, 2))), 0)
+    # First 1 + 2 + 1 + 8 tokens; then the sampled stop token, which was never read, and 1 + 2 + 1 + 6 that follow it.
+    assert sorted(reads)[-2:] == [11, 12]
+
+
+def test_two_equal_answers_keep_both_slots(reads: list[int]) -> None:
+    engine = _engine(_model(4, stops=50.0), slots=2)
+    request = (_prompt(0, 8), Sampling(4, temperature=0.0))
+    first, second = _ask(engine, request, request)
+    assert first.ids == second.ids == [STOP]
+    reads.clear()
+    _ask(engine, (_prompt(1, 20), request[1]), (_prompt(2, 20), request[1]))
+    assert reads == [42]  # both at once
 
 
 def test_equal_tokens_with_another_picture_are_another_context() -> None:

@@ -1,9 +1,11 @@
 """Critical steps and signals, worked by hand from the formulas of section 3."""
 
+from dataclasses import replace
+
 import pytest
 
 from baltoro.agent.trace import Status, Trace, Turn
-from baltoro.chat.messages import assistant, tool_result
+from baltoro.chat.messages import assistant, system, tool_result, user
 from baltoro.swarm.critical import calls, critical_path, critical_steps, parallelism, total_steps
 from baltoro.swarm.signals import finish, parallel, with_swarm_signals
 
@@ -72,5 +74,12 @@ def test_finish_counts_answers_given_of_the_agents_own_accord() -> None:
         worker(1, final="not found in May, found in June"),
         worker(1),
     ]
-    trace = with_swarm_signals(run(children[:5], children[5:]))
+    told = [replace(child, messages=(user(f"task {i}"),)) for i, child in enumerate(children)]
+    trace = with_swarm_signals(run(told[:5], told[5:]))
     assert trace.signals == {"parallel": 0.75, "finish": 3 / 8}
+
+
+def test_one_subtask_given_again_and_again_finishes_once() -> None:
+    same = [replace(worker(1), messages=(system("read"), user("A"), user("stop"))) for _ in range(3)]
+    other = replace(worker(1), messages=(system("read"), user("B")))
+    assert finish(run([*same, other])) == 2 / 4

@@ -219,9 +219,10 @@ async def test_a_failure_scores_nothing(solver: Solver) -> None:
             critical_steps=None,
             sampling=Sampling(max_tokens=1),
             rules=RULES,
-            role="agent",
+            role="helper",
         )
         assert (trace.status, trace.signals["perf"]) == ("failed", 0)
+        assert trace.role == {"single": "helper", "swarm": "orchestrator"}[mode]
     small = WideRules(max_context_tokens=700, max_turn_tokens=400)
     trace = await solver("single", alone, rules=small)
     assert (trace.status, trace.signals["perf"]) == ("overflow", 0)

@@ -50,15 +50,16 @@ def test_every_size_and_every_kind_is_asked_for() -> None:
 def test_the_prompt() -> None:
     gold = {"Bel Stanby": {"age": "20", "metal": "abnel"}, "Ok Rudton": {"age": "31", "metal": "tuvey"}}
     task = WideSearch(("Bel Stanby", "Ok Rudton"), ("metal", "age"), gold)
-    assert task.prompt == "Find metal, age.\nBel Stanby\nOk Rudton"
+    assert task.prompt == "Find metal, age.\n1\nBel Stanby\n2\nOk Rudton"
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> None:
     task = wide_search(random.Random(seed), WORLDS[seed % len(WORLDS)], 8, 16)
     assert not IMPLIED_WIDTH.search(task.prompt)
-    first, *names = task.prompt.split("\n")
-    assert tuple(names) == task.names
+    first, *lines = task.prompt.split("\n")
+    assert tuple(lines[1::2]) == task.names
+    assert lines[::2] == [str(i + 1) for i in range(len(task.names))]
     assert first == f"Find {', '.join(task.columns)}."
 
 

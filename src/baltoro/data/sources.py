@@ -36,12 +36,12 @@ class Sources:
         """Facts and the same facts again in another order or form: a page and its lines shuffled, a table and its
         rows shuffled, a list and its copy. Only the second time is a target, for only then the text is known."""
         kind = rng.choice(world.kinds)
-        chosen = rng.sample(kind.entities, rng.randint(2, 8))
+        chosen = rng.sample(kind.entities, rng.randint(2, 10))
         form = rng.random()
-        if form < 0.3:
+        if form < 0.2:
             page = chosen[0].page.split("\n")
             first, second = page, rng.sample(page[1:], len(page) - 1)
-        elif form < 0.8:
+        elif form < 0.9:
             columns = tuple(rng.sample(kind.keys, rng.randint(1, 3)))
             first = [row(e.name, e.attributes, columns) for e in chosen]
             second = rng.sample(first, len(first))

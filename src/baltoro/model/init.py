@@ -28,12 +28,12 @@ def initialise(model: KimiK25, generator: torch.Generator) -> None:
             p.zero_()
 
 
-# Logits of the wired heads: about +3 from a token to its neighbour, about +10 from a match to the rest. The other
+# Logits of the wired heads: about +3 from a token to its neighbour, about +15 from a match to the rest. The other
 # branches start small, so that they do not drown what the circuit writes to the residual stream.
 _POSITION_GAIN = 5.4
-_MATCH_GAIN = 2.5
-_OUT_GAIN = 6.0
-_BRANCH_SCALE = 0.1
+_MATCH_GAIN = 3.2
+_OUT_GAIN = 12.0
+_BRANCH_SCALE = 0.01
 _ROPE_PAIRS = 6
 _OFFSET = 0.7
 

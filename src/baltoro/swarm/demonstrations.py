@@ -46,6 +46,8 @@ class Demonstrator:
             return [*messages, assistant("not found")]
         self._search(messages, 0, name)
         self._open(messages, 1, name)
+        if rng.random() < 0.25:
+            messages.append(user(NOTICE))  # its last turn may be announced
         return [*messages, assistant(row(name, task.gold[name], task.columns))]
 
     def single(self, rng: random.Random, low: int, high: int) -> list[Message]:

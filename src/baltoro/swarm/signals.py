@@ -15,10 +15,17 @@ def parallel(trace: Trace) -> float:
 
 
 def finish(trace: Trace) -> float:
-    """r_finish: the share of subagents that finished their subtask; 0 without subagents."""
+    """r_finish: the share of subagents that finished a subtask; 0 without subagents. One subtask given to several
+    counts once, so that assigning the same again and again is no way to a higher reward."""
     # The report names this term (the "sub-agent finish rate") and does not say when a subagent has finished.
     subtasks = trace.children
-    return sum(finished(child) for child in subtasks) / len(subtasks) if subtasks else 0.0
+    done = {subtask(child) for child in subtasks if finished(child)}
+    return len(done) / len(subtasks) if subtasks else 0.0
+
+
+def subtask(child: Trace) -> tuple[str, ...]:
+    """What it was told: system prompt, if any, and task."""
+    return tuple(message.text for message in child.messages if message.role in ("system", "user"))[:2]
 
 
 def finished(child: Trace) -> bool:
