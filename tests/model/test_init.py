@@ -27,9 +27,9 @@ def _losses(config: ModelConfig, wired: bool, half: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("yarn", [None, Yarn(factor=4.0, original_max_position=512)])
-@pytest.mark.parametrize(("half", "gain"), [(20, 0.7), (100, 0.2)])
+@pytest.mark.parametrize(("half", "gain"), [(20, 2.5), (100, 1.5)])
 def test_untrained_induction_heads_see_a_repetition(half: int, gain: float, yarn: Yarn | None) -> None:
-    """In nats per token, before any training: seen 8.1 -> 7.1 over 20 tokens and 8.0 -> 7.7 over 100. Without the
+    """In nats per token, before any training: seen about 8.1 -> 5.0 over 20 tokens and 8.0 -> 5.8 over 100. Without the
     circuit both halves are alike."""
     config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, yarn=yarn))
     first, second = _losses(config, wired=True, half=half)

@@ -4,6 +4,7 @@ orchestrator, give the same tokens and the same loss mask as rendering the demon
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -166,6 +167,7 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
     experts: list[Demonstrator], tokenizer: Tokenizer, media_spec: MediaSpec
 ) -> None:
     finals: list[str] = []
+    statuses: list[str] = []
     for seed in range(60):
         expert = experts[seed % len(experts)]
         messages = expert.subagent(random.Random(seed))
@@ -173,6 +175,7 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
         assign: Call = ("assign_task", {"agent": SUBAGENT, "prompt": messages[1].text})
         turns = {"orchestrator": [completion_text(calls=[create, assign]), completion_text("done")]}
         turns["subagent"] = spoken(messages)
+        told = messages[-2].text == NOTICE
         trace = await solve(
             ScriptedEngine(tokenizer, lambda prompt, role, turns=turns: turns[role][turn(prompt)]),
             tokenizer,
@@ -182,13 +185,17 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
             mode="swarm",
             critical_steps=None,
             sampling=Sampling(max_tokens=1),
-            rules=RULES,
+            # Where its last turn is announced, it has no turn to spare.
+            rules=replace(RULES, subagent_turns=len(turns["subagent"])) if told else RULES,
             role="orchestrator",
         )
         [child] = trace.children
         assert_same_tokens(child, messages, tokenizer, media_spec)
         assert trace.turns[0].results[1].text == child.final_text == messages[-1].text
+        assert child.status == ("limit" if told else "completed")
+        statuses.append(child.status)
         finals.append(child.final_text)
+    assert set(statuses) == {"completed", "limit"}
     assert 0 < finals.count("not found") < 10
 
 

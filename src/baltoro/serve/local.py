@@ -62,15 +62,18 @@ class _Lane:
         self.free = list(range(slots))
         # Finished contexts -> slot, oldest first. Contexts with equal ids may show different pictures.
         self.kept: dict[tuple[tuple[int, ...], tuple[MediaItem, ...]], int] = {}
-        self.waiting: list[_Request] = []
+        self.arrived: list[_Request] = []
+        self.waiting: list[_Request] = []  # without a slot, in order of arrival
         self.running: list[_Request] = []
 
     def admit(self) -> list[_Request]:
         """Give waiting requests a slot: first those that go on from a kept context, so that agents which have begun
         finish before others begin; then the others, in the place of the oldest kept contexts if need be."""
-        going_on = [r for r in self.waiting if self._continue(r)]
-        fresh = going_on
-        for request in [r for r in self.waiting if r.slot < 0]:
+        # What a request may go on from exists when it arrives, so each is looked up once.
+        fresh = [r for r in self.arrived if self._continue(r)]
+        self.waiting += [r for r in self.arrived if r.slot < 0]
+        self.arrived = []
+        for request in self.waiting:
             if not self.free and self.kept:
                 self.free.append(self.kept.pop(next(iter(self.kept))))
             if not self.free:
@@ -107,7 +110,7 @@ class _Lane:
     def abandon(self) -> None:
         """Drop every request: nobody waits for an answer any more."""
         self.free += [request.slot for request in self.running]
-        self.running, self.waiting = [], []
+        self.running, self.waiting, self.arrived = [], [], []
 
     def unread_media(self, prompt: TokenSequence, read: int) -> list[MediaItem]:
         """The items whose placeholders stand behind the first `read` tokens."""
@@ -151,7 +154,7 @@ class LocalEngine:
         if len(prompt.ids) + sampling.max_tokens > lane.max_len:
             raise ValueError(f"{len(prompt.ids)} + {sampling.max_tokens} tokens exceed the engine's {lane.max_len}")
         request = _Request(prompt, sampling, random.Random(sampling.seed), asyncio.get_running_loop().create_future())
-        lane.waiting.append(request)
+        lane.arrived.append(request)
         self._wake.set()
         return await request.done
 
@@ -170,7 +173,7 @@ class LocalEngine:
     async def _drive(self) -> None:
         lanes = list({id(lane): lane for lane in self._lanes.values()}.values())
         while True:
-            if not any(lane.waiting or lane.running for lane in lanes):
+            if not any(lane.arrived or lane.waiting or lane.running for lane in lanes):
                 self._wake.clear()
                 await self._wake.wait()
             # Agents that were just answered get the chance to ask again before the next token is computed.
@@ -186,6 +189,7 @@ class LocalEngine:
             lane.running.remove(request)
             lane.free.append(request.slot)
         lane.waiting = [r for r in lane.waiting if not r.done.cancelled()]
+        lane.arrived = [r for r in lane.arrived if not r.done.cancelled()]
         active = lane.admit()
         lane.running += active
         active = active or list(lane.running)

@@ -59,7 +59,7 @@ def after_step(model: KimiK25, balance_rate: float) -> int:
     """What follows every optimiser step: QK-Clip and the router bias. Returns the number of clipped heads."""
     text = model.config.text
     clipped = 0
-    for attn in (module for module in model.modules() if isinstance(module, MLA)):
+    for attn in (m for m in model.modules() if isinstance(m, MLA) and m.kv_b_proj.weight.requires_grad):
         q = attn.q_proj if text.q_lora_rank is None else attn.q_b_proj
         clipped += qk_clip(
             q.weight,
