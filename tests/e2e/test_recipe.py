@@ -142,3 +142,19 @@ def test_second_run_in_the_same_folder(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.communicate()
+
+
+def test_missing_corpus_folder(tmp_path: Path) -> None:
+    assert "corpus" in refused(tmp_path / "run", f"corpus={tmp_path / 'nowhere'}")
+
+
+def test_full_disk_destroys_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = f"ulimit -f 2000; exec {sys.executable} -m baltoro.cli recipe {RUN_FILE} folder={folder} {' '.join(TINY)}"
+    process = subprocess.run(
+        ["bash", "-c", command.replace("[", "\\[")], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "vit.safetensors" in process.stderr
+    assert not list(folder.glob("checkpoints/*.safetensors"))

@@ -1,6 +1,7 @@
 """Demonstrations have exactly the shape of rollouts: the expert's words, played through the real loop, tools and
 orchestrator, give the same tokens and the same loss mask as rendering the demonstration."""
 
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -214,6 +215,18 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
         assert [call.arguments for call in assigned] == [
             f'{{"agent":"{SUBAGENT}","prompt":"{name}"}}' for name in names[: len(assigned)]
         ]
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_calls_are_numbered_through_the_dialogue_and_written_as_compact_json(
+    experts: list[Demonstrator], kind: str
+) -> None:
+    for messages in drawn(experts, kind, 30):
+        calls = [call for message in messages for call in message.tool_calls]
+        assert [call.id for call in calls] == [f"functions.{call.name}:{i}" for i, call in enumerate(calls)]
+        assert [m.tool_call_id for m in messages if m.role == "tool"] == [call.id for call in calls]
+        for call in calls:
+            assert call.arguments == json.dumps(json.loads(call.arguments), ensure_ascii=False, separators=(",", ":"))
 
 
 async def test_pixels_replays_token_for_token_in_the_sandbox(

@@ -57,6 +57,9 @@ class Experts(nn.Module):
         return F.grouped_mm(hidden, down, offs=ends)
 
 
+_ALIGN = 64
+
+
 class MoE(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -69,9 +72,17 @@ class MoE(nn.Module):
         top_k = chosen.shape[1]
         flat = chosen.reshape(-1)
         order = flat.argsort(stable=True)
-        ends = torch.bincount(flat, minlength=self.experts.gate_proj.shape[0]).cumsum(0).to(torch.int32)
-        rows = self.experts(x.index_select(0, order // top_k), ends)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        routed = rows.index_select(0, inverse).view(-1, top_k, x.shape[-1])
+        count = torch.bincount(flat, minlength=self.experts.gate_proj.shape[0])
+        # In training every step has other counts, and the CPU compiles a kernel for each new size of a product: groups
+        # begin at multiples of _ALIGN, so that few sizes occur.
+        room = -(-count // _ALIGN) * _ALIGN if self.training else count
+        ends = room.cumsum(0)
+        sorted_expert = flat[order]
+        rank = torch.arange(order.numel(), device=x.device) - (count.cumsum(0) - count)[sorted_expert]
+        place = torch.empty_like(order)
+        place[order] = rank + (ends - room)[sorted_expert]
+        gathered = x.new_zeros(int(ends[-1]), x.shape[-1]).index_copy(
+            0, place[order], x.index_select(0, order // top_k)
+        )
+        routed = self.experts(gathered, ends.to(torch.int32)).index_select(0, place).view(-1, top_k, x.shape[-1])
         return (routed * weights.to(x.dtype)[..., None]).sum(1) + self.shared_experts(x)

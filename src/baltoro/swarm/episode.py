@@ -27,6 +27,7 @@ async def run_swarm(
     subagent_limits: Limits,
     sampling: Sampling,
     declare_tools: bool,
+    subagent_sampling: Sampling | None = None,
     trainable: bool = True,
     thinking: bool = True,
 ) -> Trace:
@@ -34,7 +35,8 @@ async def run_swarm(
 
     `orchestrator_tools` are those beside create_subagent and assign_task. Subagents have role "subagent", are never
     trainable (frozen, section 3), start no agents, and take at most the orchestrator's remaining steps less one.
-    An empty system prompt is left out, here as for subagents.
+    An empty system prompt is left out, here as for subagents. Subagents draw as the orchestrator does unless
+    `subagent_sampling` says otherwise; their seeds follow from their place in the tree.
     """
 
     async def run_subagent(prompt: str, task: str, context: CallContext) -> Trace:
@@ -49,7 +51,7 @@ async def run_swarm(
             messages=_opening(prompt, (task,)),
             tools=subagent_tools,
             limits=limits,
-            sampling=replace(sampling, seed=context.seed),
+            sampling=replace(subagent_sampling or sampling, seed=context.seed),
             declare_tools=declare_tools,
             thinking=thinking,
             origin=context.origin,

@@ -1,7 +1,7 @@
 """Wide search, solved by a single agent or by a swarm under the same budget of critical steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from baltoro.agent.engine import Engine, Sampling
@@ -92,6 +92,8 @@ async def solve(
                 notice=NOTICE,
             ),
             sampling=sampling,
+            # Frozen subagents are part of the environment: only the orchestrator explores.
+            subagent_sampling=replace(sampling, temperature=0.0),
             declare_tools=False,
         )
     return trace.with_signals(perf=item_f1(parse_table(trace.final_text, task.columns), task.gold))
