@@ -241,8 +241,9 @@ async def test_pixels_replays_token_for_token_in_the_sandbox(
         messages = experts[0].pixels(random.Random(seed))
         left, top, right, bottom = map(int, messages[-1].text.split())
         [colour] = [name for name in COLOURS if name in messages[1].text.split()]
-        pixels = np.zeros((64, 96, 3), np.uint8)  # 2 rows and 3 columns to a 32nd
-        pixels[2 * top : 2 * bottom, 3 * left : 3 * right] = COLOURS[colour]
+        down, across = ((1, 3), (3, 1))[seed % 2]  # pixels to a 32nd; the right and lower edges lie behind the last
+        pixels = np.zeros((32 * down, 32 * across, 3), np.uint8)
+        pixels[down * top : down * bottom, across * left : across * right] = COLOURS[colour]
         trace = await run_agent(
             ScriptedEngine(tokenizer, spoken(messages)),
             tokenizer,
