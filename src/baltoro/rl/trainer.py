@@ -19,6 +19,7 @@ from baltoro.model.kimi import KimiK25
 from baltoro.rl.objective import ObjectiveConfig, group_advantages
 from baltoro.rl.update import Sample, UpdateReport, update
 from baltoro.serve.local import LocalEngine
+from baltoro.train.machine import trim_memory
 from baltoro.train.stage import optimizer_for
 from baltoro.train.state import Progress, load_state, save_state
 
@@ -97,6 +98,7 @@ def run_rl(
         progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
         save_state(checkpoint, model, optimizer, progress)
         report(IterationReport(iteration + 1, groups, result, tokens, progress.seconds))
+        trim_memory()
     return progress
 
 

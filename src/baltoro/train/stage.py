@@ -14,6 +14,7 @@ from baltoro.optim.muon import MuonAdamW, MuonConfig
 from baltoro.optim.qk_clip import qk_clip
 from baltoro.optim.schedule import wsd
 from baltoro.train.losses import next_token_loss
+from baltoro.train.machine import trim_memory
 from baltoro.train.packing import pack
 from baltoro.train.state import Progress, load_state, save_state
 
@@ -45,6 +46,9 @@ class StepReport:
     tokens: int
     seconds: float
     clipped_heads: int
+
+
+_TRIM_EVERY = 20
 
 
 def optimizer_for(model: KimiK25, trains: tuple[str, ...], weight_decay: float) -> MuonAdamW:
@@ -102,6 +106,8 @@ def run_stage(
         seconds = time.monotonic() - begin
         report(StepReport(step + 1, loss.item(), norm, lr, tokens, seconds, clipped))
         progress = Progress(name, step + 1, seconds, tokens)
+        if step % _TRIM_EVERY == 0:
+            trim_memory()
         if time.monotonic() - saved > config.save_every_s:
             save_state(checkpoint, model, optimizer, progress)
             saved = time.monotonic()
