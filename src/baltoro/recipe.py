@@ -523,6 +523,7 @@ def ablate_parl(config: RecipeConfig) -> None:
     if not main.checkpoint("rl").exists():
         raise FileNotFoundError(f"{config.folder}: no finished RL stage; run `baltoro recipe` first")
     parts = {"without-parallel": {"lambda_parallel": 0.0}, "without-finish": {"lambda_finish": 0.0}}
+    curves: dict[str, list[dict[str, float]]] = {}
     with Display(dict.fromkeys(("parl",), config.expected_s["parl"])) as display:
         for name, change in parts.items():
             shaping = dataclasses.replace(config.parl.shaping, **change)
@@ -533,6 +534,6 @@ def ablate_parl(config: RecipeConfig) -> None:
             run.stretch()
             load_state(main.checkpoint("rl"), run.model)
             run.parl()
-    for name in parts:
-        curve = RunFolder(config.folder / "ablations" / name).metrics("parl")
+            curves[name] = folder.metrics("parl")
+    for name, curve in curves.items():
         print(name, {k: (curve[0][k], curve[-1][k]) for k in ("accuracy", "parallelism", "finish")})
