@@ -143,6 +143,7 @@ class Run:
         self.folder = folder
         self.display = display
         self.dtype = prepare_machine(config.threads, config.dtype)
+        self.commit = commit()  # now: the tree may change while the run goes on
         self.corpus = folder_corpus(config.corpus) if config.corpus else python_corpus()
         self.tokenizer = tokenizer or self._tokenizer()
         base = PRESETS[config.model]
@@ -472,7 +473,7 @@ class Run:
             threads=self.config.threads,
             dtype=str(self.dtype).removeprefix("torch."),
             seed=self.config.seed,
-            commit=commit(),
+            commit=self.commit,
             model={"parameters": total, "active": active},
             rl={
                 "curve": [{"iteration": m["step"], **m} for m in rl],
