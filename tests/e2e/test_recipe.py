@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,14 +87,14 @@ def test_killed_runs_end_with_the_same_numbers(uninterrupted: Path, tmp_path: Pa
         process = start(folder, "sft.save_every_s=0", "pretrain.save_every_s=0")
         try:
             # Importing takes some seconds, so kills fall into every stage as the run moves on.
-            process.wait(timeout=rng.uniform(5, 12) if kills < 4 else 200)
+            _, err = process.communicate(timeout=rng.uniform(5, 12) if kills < 4 else 200)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
             kills += 1
-            continue
-        break
-    assert process.returncode == 0, process.communicate()[1]
+        else:
+            break
+    assert process.returncode == 0, err
     assert kills
     whole, resumed = (json.loads((f / "results.json").read_text()) for f in (uninterrupted, folder))
     assert computed(resumed) == computed(whole)
@@ -150,10 +151,9 @@ def test_missing_corpus_folder(tmp_path: Path) -> None:
 
 def test_full_disk_destroys_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = f"ulimit -f 2000; exec {sys.executable} -m baltoro.cli recipe {RUN_FILE} folder={folder} {' '.join(TINY)}"
-    process = subprocess.run(
-        ["bash", "-c", command.replace("[", "\\[")], capture_output=True, text=True, timeout=100, check=False
-    )
+    words = [sys.executable, "-m", "baltoro.cli", "recipe", str(RUN_FILE), f"folder={folder}", *TINY]
+    command = f"ulimit -f 2000; exec {shlex.join(words)}"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=False)
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr
     assert "vit.safetensors" in process.stderr
