@@ -96,8 +96,9 @@ def run_rl(
         result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
         tokens += sum(len(s.sequence.ids) for s in samples)
         progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
-        save_state(checkpoint, model, optimizer, progress)
+        # Reported first: what is reported behind the checkpoint is dropped on resume, what is missing stays missing.
         report(IterationReport(iteration + 1, groups, result, tokens, progress.seconds))
+        save_state(checkpoint, model, optimizer, progress)
         trim_memory()
     return progress
 

@@ -91,6 +91,8 @@ def run_stage(
     progress = Progress(name, 0, 0.0, 0)
     if checkpoint.exists():
         progress = load_state(checkpoint, model, optimizer)
+        if progress.step == config.steps:
+            return progress
     model.train()
     begin = time.monotonic() - progress.seconds
     saved = time.monotonic()
