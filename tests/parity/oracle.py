@@ -4,7 +4,7 @@ Other layouts of the same weights, translated in `to_oracle`: renamed keys; wqkv
 channels of q and k reordered per head (even ones first, then odd ones, so that its rotation of halves turns the pairs
 (2k, 2k + 1)); experts as fused (gate, up) stacks, transposed.
 
-Other defaults, set in `text_config` and `vision_language_config`: tied embeddings; expert groups; a video token of its own.
+Other conventions, met below: embeddings tied by default; experts in groups; a token of its own for video.
 
 Faults, mended here and shown in `test_faults.py`:
 - The norms inside MLA ignore `rms_norm_eps` and always use 1e-6 (transformers issue 44261; K2 has 1e-5; vLLM and SGLang
@@ -28,11 +28,13 @@ from transformers import (
     Kimi_K25ForConditionalGeneration,
     Kimi_K25VisionConfig,
     Kimi_K25VisionModel,
+    PreTrainedModel,
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3TopkRouter
 
 from baltoro.model.config import ModelConfig, TextConfig, VisionConfig
 from baltoro.model.moe import Router
+from baltoro.model.vit import Grid
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 DTYPES = list(TOLERANCE)
@@ -100,8 +102,6 @@ def text_config(config: TextConfig) -> DeepseekV3Config:
         max_position_embeddings=4096 if yarn is None else int(yarn.factor * yarn.original_max_position),
         rms_norm_eps=config.rms_norm_eps,
         rope_parameters=rope,
-        attn_implementation="sdpa",
-        experts_implementation="eager",
     )
 
 
@@ -117,14 +117,13 @@ def vision_config(config: VisionConfig) -> Kimi_K25VisionConfig:
         intermediate_size=config.intermediate_size,
         merge_kernel_size=(config.merge, config.merge),
         rope_parameters={"rope_type": "axial", "rope_theta": 10000.0},
-        attn_implementation="sdpa",
     )
 
 
 def text_oracle(ours: nn.Module, config: TextConfig, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
     with precision(dtype):
         oracle = DeepseekV3ForCausalLM(text_config(config))
-    _mend_norms(oracle, config.rms_norm_eps)
+    _mend(oracle, config)
     oracle.load_state_dict(to_oracle(ours.state_dict()))
     return oracle
 
@@ -147,22 +146,21 @@ def multimodal_oracle(
         image_token_id=media_pad,
         video_token_id=config.text.vocab_size,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        experts_implementation="eager",
     )
     with precision(dtype):
         oracle = Kimi_K25ForConditionalGeneration(whole)
-    _mend_norms(oracle, config.text.rms_norm_eps)
+    _mend(oracle, config.text)
     oracle.load_state_dict(to_oracle(ours.state_dict(), config.vision.num_heads))
     return oracle
 
 
-def _mend_norms(oracle: nn.Module, eps: float) -> None:
+def _mend(oracle: PreTrainedModel, config: TextConfig) -> None:
+    oracle.set_experts_implementation("eager")
     for module in oracle.modules():
         if isinstance(module, DeepseekV3Attention):
             for norm in (module.q_a_layernorm, module.kv_a_layernorm):
                 if norm is not None:
-                    norm.variance_epsilon = eps
+                    norm.variance_epsilon = config.rms_norm_eps
 
 
 _RENAMED = [
@@ -219,12 +217,34 @@ def randomise(model: nn.Module, seed: int) -> None:
             x += 1
 
 
+def multimodal_inputs(
+    config: Kimi_K25Config, ids: Tensor, grids: list[Grid], items: Iterator[Tensor]
+) -> dict[str, Tensor | bool]:
+    """One document for the multimodal oracle, which wants images and clips apart; takes the patches of each of `grids`
+    from `items`."""
+    ids = ids.clone()
+    places = (ids == config.image_token_id).nonzero()[:, 0]
+    patches: dict[str, list[Tensor]] = {"image": [], "video": []}
+    sizes: dict[str, list[Grid]] = {"image": [], "video": []}
+    for grid, mine in zip(grids, places.split([h * w // 4 for _, h, w in grids]), strict=True):
+        kind = "image" if grid[0] == 1 else "video"
+        ids[mine] = getattr(config, f"{kind}_token_id")
+        patches[kind].append(next(items))
+        sizes[kind].append(grid)
+    inputs: dict[str, Tensor | bool] = {"input_ids": ids[None], "use_cache": False}
+    for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if patches[kind]:
+            inputs |= {key: torch.cat(patches[kind]), f"{kind}_grid_thw": torch.tensor(sizes[kind])}
+    return inputs
+
+
+def gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        out[name] = p.grad
-    return out
+    return {name: gradient(p) for name, p in model.named_parameters()}
 
 
 def assert_equal(ours: Mapping[str, Tensor], oracle: Mapping[str, Tensor], tolerance: float) -> None:
