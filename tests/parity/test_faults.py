@@ -103,8 +103,8 @@ def test_embeddings_are_tied_and_video_has_its_own_token_by_default() -> None:
 
 
 def test_pictures_are_no_longer_transposed() -> None:
-    """The first versions of the processor gave (height, width) to navit_resize(width, height); 5.24 has the right order.
-    By hand, for 300 rows of 700 pixels and 200 patches: 50 * 21 = 1050 patches, scale sqrt(200 / 1050) = 0.4364, 130 rows
+    """The first versions of the processor gave (height, width) to navit_resize(width, height); 5.24 has it right. By
+    hand, for 300 rows of 700 pixels and 200 patches: 50 * 21 = 1050 patches, scale sqrt(200 / 1050) = 0.4364, 130 rows
     of 305, padded to 140 of 308.
 
     The module needs torchvision, which is not installed here, so its pure function is taken from the source."""
