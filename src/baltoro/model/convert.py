@@ -39,11 +39,11 @@ _RECORD = "conversion.json"
 _UNSTRETCHED = 8192
 
 Read = Callable[[str, int, int], Tensor]
-# Bytes done, bytes in all, file.
-Report = Callable[[int, int, str], None]
+# Bytes done, bytes in all.
+Report = Callable[[int, int], None]
 
 
-def _silent(done: int, total: int, file: str) -> None:
+def _silent(done: int, total: int) -> None:
     pass
 
 
@@ -79,10 +79,13 @@ def convert(source: Path, target: Path, form: str, report: Report = _silent) -> 
     layout = _layout(form, checkpoint.release)
     if layout.name == checkpoint.layout.name:
         raise ValueError(f"{source} is in {form} already; there is nothing to convert")
+    # What the source is: its checksums, so that a damaged file may be fetched anew, or else what tells a changed file.
     record = {
-        "source": str(source.resolve()),
         "to": form,
-        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files},
+        "files": {
+            path.name: sums.get(path.name) or [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in checkpoint.files
+        },
     }
     if not (target / _RECORD).exists():
         _require_empty(target)
@@ -137,7 +140,7 @@ def _write(
         raise OSError(errno.ENOSPC, short, str(folder))
     sums, damaged = read_checksums(folder), []
     for file, names in contents.items():
-        report(done, total, file)
+        report(done, total)
         path = folder / file
         if file not in sums or not path.exists() or sha256(path) != sums[file]:
             if file in sums:
@@ -149,7 +152,7 @@ def _write(
                     for begin, end in blocks(name, shape):
                         layout.write(name, shape, begin, read(name, begin, end), writer.put)
                     passed += math.prod(shape)
-                    report(done + sizes[file] * passed // elements, total, file)
+                    report(done + sizes[file] * passed // elements, total)
             digest = sha256(scratch)
             scratch.rename(path)
             sums[file] = digest
@@ -165,7 +168,7 @@ def _write(
     for name, content in beside.items():
         write_whole(folder / name, json.dumps(content, indent=2) + "\n")
     write_checksums(folder, sums | {name: sha256(folder / name) for name in {*beside, *copied}})
-    report(total, total, INDEX)
+    report(total, total)
     return damaged
 
 

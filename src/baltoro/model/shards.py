@@ -58,22 +58,22 @@ def header(tensors: Mapping[str, Stored]) -> tuple[bytes, dict[str, int]]:
 
 
 class ShardReader:
-    """One file, kept open. Raises ValueError that names the file if it is truncated or no safetensors file."""
+    """One file. Raises ValueError that names it if it is truncated or no safetensors file."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = path.open("rb")
         self.tensors: dict[str, Stored] = {}
         self._begin: dict[str, int] = {}
-        size = os.fstat(self._file.fileno()).st_size
+        size = path.stat().st_size
         try:
-            length = int.from_bytes(self._file.read(8), "little")
-            if length > min(size - 8, _LARGEST_HEADER):
-                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            end = 0
-            for name, entry in json.loads(self._file.read(length)).items():
-                if name == "__metadata__":
-                    continue
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > min(size - 8, _LARGEST_HEADER):
+                    raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+                entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            end = 8 + length
+            for name, entry in entries.items():
                 if entry["dtype"] not in _DTYPES:
                     raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
                 stored = self.tensors[name] = Stored(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
@@ -85,20 +85,17 @@ class ShardReader:
             if end != size:
                 raise ValueError(f"it has {size:,} bytes of {end:,}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self._file.close()
             raise ValueError(f"{path}: truncated or no safetensors file ({error}); fetch it again") from None
 
     def read(self, name: str, at: int, shape: tuple[int, ...]) -> Tensor:
         """As many elements of a tensor as `shape` holds, from element `at` on, in a buffer of their own."""
         dtype = self.tensors[name].dtype
         buffer = bytearray(math.prod(shape) * dtype.itemsize)
-        self._file.seek(self._begin[name] + at * dtype.itemsize)
-        if self._file.readinto(buffer) != len(buffer):
-            raise ValueError(f"{self.path}: truncated while it was read; fetch it again")
+        with self.path.open("rb") as file:
+            file.seek(self._begin[name] + at * dtype.itemsize)
+            if file.readinto(buffer) != len(buffer):
+                raise ValueError(f"{self.path}: truncated while it was read; fetch it again")
         return torch.frombuffer(buffer, dtype=dtype).view(shape)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class ShardWriter:
