@@ -1,4 +1,4 @@
-"""The layout against what is published of Kimi-K2.5: its tensors, its shards and their size in bytes (model.md 2, 8)."""
+"""The layout against what is published of Kimi-K2.5: tensors, shards and their size in bytes (model.md 2, 8)."""
 
 from collections.abc import Iterator
 

@@ -39,7 +39,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     float32 if their group reaches 7 or -8, then with its steps and scale; after they were rounded to bfloat16, if some
     weight of the group is a single step. Raises ValueError for weights that are not finite.
     """
-    groups = weight.float().unflatten(-1, (-1, GROUP))
+    groups = weight.float().contiguous().unflatten(-1, (-1, GROUP))
     smallest, largest = groups.aminmax(dim=-1)
     scale = torch.maximum(largest / 7, smallest / -8).clamp_min(_TINY).bfloat16().float()
     if not scale.isfinite().all():

@@ -115,7 +115,7 @@ class ShardWriter:
         """Places elements of a tensor, from element `at` on."""
         dtype = self._tensors[name].dtype
         self._file.seek(self._begin[name] + at * dtype.itemsize)
-        values = values.to(dtype).contiguous()
+        values = values.to("cpu", dtype).contiguous()
         self._write(values.view(-1).view(torch.uint8).numpy().data)
         self._missing -= values.nbytes
 
