@@ -24,7 +24,7 @@ from baltoro.chat.messages import Clip, MediaItem
 K25 = MediaSpec.K25
 EACH = replace(K25, frames_per_chunk=1, uniform_frames=2**30)  # every frame and its own timestamp
 SIDE = 64
-CONTAINERS = [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"), ("mov", "mpeg4"), ("mp4", "libx265")]
+CONTAINERS = [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"), ("mov", "mpeg4")]
 
 
 def numbered(i: int) -> NDArray[np.uint8]:
@@ -89,7 +89,7 @@ def test_chunks_of_four_and_the_rest(tmp_path: Path, frames: int, kind: str, cod
     assert chunks == [(times[i // 4], list(range(i, min(i + 4, frames)))) for i in range(0, frames, 4)]
 
 
-@pytest.mark.parametrize(("kind", "codec"), CONTAINERS)
+@pytest.mark.parametrize(("kind", "codec"), [*CONTAINERS, ("mp4", "libx265")])
 def test_two_frames_a_second_with_cut_milliseconds(tmp_path: Path, kind: str, codec: str) -> None:
     # round(90 * 2 / 30) = 6 of 0..89: 0, 17.8, 35.6, 53.4, 71.2, 89. 71 / 30 = 2.3667, although Matroska stores 2.367
     chunks = seen(decode_video(count(tmp_path / "v", 90, kind=kind, codec=codec), K25))
