@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from baltoro.chat import decode
 from baltoro.chat.decode import decode_video
 from baltoro.chat.media import MediaSpec, preprocess_clip
-from baltoro.chat.messages import Clip, MediaItem
+from baltoro.chat.messages import Clip, MediaItem, Video, user
+from baltoro.chat.render import render
+from baltoro.chat.tokenizer import Tokenizer
 
 K25 = MediaSpec.K25
 EACH = replace(K25, frames_per_chunk=1, uniform_frames=2**30)  # every frame and its own timestamp
@@ -126,6 +128,21 @@ def test_jumping_between_keyframes_changes_nothing(
     for (time, item), (expected_time, expected_item) in zip(decode_video(path, spec), expected, strict=True):
         assert time == expected_time
         np.testing.assert_array_equal(item.patches, expected_item.patches)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_a_video_is_written_like_a_clip_of_its_frames(
+    tmp_path: Path, byte_tokenizer: Tokenizer, as_bytes: bool
+) -> None:
+    path = count(tmp_path / "v", 11, rate=4)
+    with av.open(path) as file:
+        clip = Clip(np.array([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)], np.uint8), 4)
+    video = Video(path.read_bytes() if as_bytes else path)
+    ours, expected = (render([user("a", part, "b")], byte_tokenizer, K25) for part in (video, clip))
+    assert ours.ids == expected.ids
+    assert [item.grid_thw for item in ours.media] == [(4, 6, 6), (2, 6, 6)]
+    for mine, item in zip(ours.media, expected.media, strict=True):
+        np.testing.assert_array_equal(mine.patches, item.patches)
 
 
 def test_changing_rates_are_sampled_by_the_clock(tmp_path: Path) -> None:
