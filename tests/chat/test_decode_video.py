@@ -291,6 +291,21 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
         list(decode_video(bytes(data), EACH))
 
 
+def test_a_frame_behind_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    # The decoder conceals the damage of frame 5 and would show frame 8, which builds upon it, without an error.
+    noise = np.random.default_rng(0).integers(0, 256, (12, SIDE, SIDE, 3), np.uint8)
+    path = encoded(tmp_path / "v", noise, gop=100)
+    data = bytearray(path.read_bytes())
+    with av.open(path) as file:
+        at, size = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size][5]
+    assert at is not None
+    data[at + size // 2 : at + size] = bytes(size - size // 2)
+    spec = replace(K25, uniform_frames=2)  # the first frame and the last
+    assert len(list(decode_video(path, spec))) == 1
+    with pytest.raises(ValueError, match="a frame cannot be decoded"):
+        list(decode_video(bytes(data), spec))
+
+
 def sound(path: Path) -> Path:
     with av.open(path, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
