@@ -1,6 +1,7 @@
 """The embedded engine against teacher-forced forwards of the same model, in float32."""
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 
@@ -257,6 +258,41 @@ def test_cancelled_requests_free_their_slots() -> None:
             return done[1]
 
     _check(model, _prompt(9, 6), asyncio.run(run()))
+
+
+def test_a_stream_is_the_completion_and_ends_when_it_is_closed() -> None:
+    model = _model(4, stops=1.6)
+    engine = _engine(model, slots=1, max_len=4000)
+    request = (_prompt(0, 8), Sampling(40))
+
+    async def run() -> list[tuple[int, float]]:
+        async with engine.run():
+            endless = engine.stream(_prompt(1, 8), Sampling(3000, seed=1), "a")
+            async with contextlib.aclosing(endless):
+                assert (await anext(endless)).token != STOP
+            # The one slot is needed again.
+            return [(s.token, s.logprob) async for s in engine.stream(*request, "a")]
+
+    whole = _ask(_engine(model), request)[0]
+    assert whole.finish_reason == "stop"
+    assert asyncio.run(run()) == list(zip(whole.ids, whole.logprobs, strict=True))
+
+
+def test_who_waits_outside_is_told_when_the_engine_stops() -> None:
+    engine = _engine(_model(0), max_len=4000)
+
+    async def run() -> None:
+        async with engine.run():
+            task = asyncio.create_task(engine.generate(_prompt(0, 4), Sampling(3000), "a"))
+            stream = engine.stream(_prompt(1, 4), Sampling(3000), "a")
+            await anext(stream)
+        with pytest.raises(RuntimeError, match="stopped"):
+            await task
+        with pytest.raises(RuntimeError, match="stopped"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(run())
 
 
 async def _settled(tasks: list[asyncio.Task[Completion]]) -> list[asyncio.Task[Completion]]:

@@ -9,14 +9,14 @@ import asyncio
 import contextlib
 import copy
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baltoro.agent.engine import Completion, Sampling
+from baltoro.agent.engine import Completion, Sampled, Sampling
 from baltoro.chat.messages import MediaItem, TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.attention import CachePlan
@@ -39,7 +39,9 @@ class _Request:
     prompt: TokenSequence
     sampling: Sampling
     rng: random.Random
-    done: asyncio.Future[Completion]
+    drawn: asyncio.Event = field(default_factory=asyncio.Event)  # something was appended to ids, or nothing will be
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    left: bool = False  # nobody waits for it any more
     slot: int = -1
     read: int = 0  # tokens whose latents are in the cache
     ids: list[int] = field(default_factory=list)
@@ -108,8 +110,12 @@ class _Lane:
         self.kept.clear()
 
     def abandon(self) -> None:
-        """Drop every request: nobody waits for an answer any more."""
+        """Drop every request; whoever still waits for one is told."""
         self.free += [request.slot for request in self.running]
+        for request in self.running + self.waiting + self.arrived:
+            request.left = True
+            request.drawn.set()
+            request.ended.set()
         self.running, self.waiting, self.arrived = [], [], []
 
     def unread_media(self, prompt: TokenSequence, read: int) -> list[MediaItem]:
@@ -149,14 +155,48 @@ class LocalEngine:
         self.weight_version += 1
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
-        """Raises ValueError when prompt and completion cannot fit, KeyError for a role that has no model."""
-        lane = self._lanes[role]
-        if len(prompt.ids) + sampling.max_tokens > lane.max_len:
-            raise ValueError(f"{len(prompt.ids)} + {sampling.max_tokens} tokens exceed the engine's {lane.max_len}")
-        request = _Request(prompt, sampling, random.Random(sampling.seed), asyncio.get_running_loop().create_future())
-        lane.arrived.append(request)
+        """Raises ValueError when prompt and completion cannot fit, KeyError for a role that has no model, RuntimeError
+        when the engine stops before the completion ends."""
+        self._check(prompt, sampling, role)
+        with self._enter(prompt, sampling, role) as request:
+            await request.ended.wait()
+            if request.left:
+                raise RuntimeError("the engine stopped")
+            reason = "stop" if request.ids[-1] == self.tokenizer.im_end else "length"
+            return Completion(request.ids, request.logprobs, reason, self.weight_version)
+
+    def stream(self, prompt: TokenSequence, sampling: Sampling, role: str) -> AsyncGenerator[Sampled]:
+        """The completion of `generate` token by token, the stop token included; raises what it raises. Closing the
+        generator takes the request out of the engine before the next step."""
+        self._check(prompt, sampling, role)
+        return self._stream(prompt, sampling, role)
+
+    async def _stream(self, prompt: TokenSequence, sampling: Sampling, role: str) -> AsyncGenerator[Sampled]:
+        with self._enter(prompt, sampling, role) as request:
+            given = 0
+            while given < len(request.ids) or not request.ended.is_set():
+                await request.drawn.wait()
+                request.drawn.clear()
+                while given < len(request.ids):
+                    yield Sampled(request.ids[given], request.logprobs[given])
+                    given += 1
+                if request.left:
+                    raise RuntimeError("the engine stopped")
+
+    def _check(self, prompt: TokenSequence, sampling: Sampling, role: str) -> None:
+        limit = self._lanes[role].max_len
+        if len(prompt.ids) + sampling.max_tokens > limit:
+            raise ValueError(f"{len(prompt.ids)} + {sampling.max_tokens} tokens exceed the engine's {limit}")
+
+    @contextlib.contextmanager
+    def _enter(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Iterator[_Request]:
+        request = _Request(prompt, sampling, random.Random(sampling.seed))
+        self._lanes[role].arrived.append(request)
         self._wake.set()
-        return await request.done
+        try:
+            yield request
+        finally:
+            request.left = True
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
@@ -185,11 +225,11 @@ class LocalEngine:
     @torch.inference_mode()
     def _step(self, lane: _Lane) -> None:
         """Read every newcomer's prompt, or else one token of everyone; then draw one token for each of these."""
-        for request in [r for r in lane.running if r.done.cancelled()]:
+        for request in [r for r in lane.running if r.left]:
             lane.running.remove(request)
             lane.free.append(request.slot)
-        lane.waiting = [r for r in lane.waiting if not r.done.cancelled()]
-        lane.arrived = [r for r in lane.arrived if not r.done.cancelled()]
+        lane.waiting = [r for r in lane.waiting if not r.left]
+        lane.arrived = [r for r in lane.arrived if not r.left]
         active = lane.admit()
         lane.running += active
         active = active or list(lane.running)
@@ -216,8 +256,8 @@ class LocalEngine:
             if stopped or len(r.ids) == r.sampling.max_tokens:
                 lane.running.remove(r)
                 lane.release(r)
-                reason = "stop" if stopped else "length"
-                r.done.set_result(Completion(r.ids, r.logprobs, reason, self.weight_version))
+                r.ended.set()
+            r.drawn.set()
 
     def _draw(self, logits: Tensor, active: list[_Request]) -> None:
         logprobs = logits.log_softmax(-1)
