@@ -89,7 +89,7 @@ def segment_attention(
             if hidden is not None:
                 scores = scores.masked_fill(hidden, float("-inf"))
             if max_logits is not None:
-                torch.maximum(max_logits, scores.detach().amax(dim=(0, 2, 3)).float(), out=max_logits)
+                torch.maximum(max_logits, scores.detach().amax(dim=(0, 2, 3)).to(max_logits.dtype), out=max_logits)
             out = scores.softmax(-1) @ gv
         else:
             if max_logits is not None:
@@ -108,7 +108,7 @@ def _raise_max_logits(max_logits: Tensor, q: Tensor, k: Tensor, hidden: Tensor |
         if hidden is not None:
             rows = hidden[begin : begin + 256] if hidden.dim() == 2 else hidden
             scores = scores.masked_fill(rows, float("-inf"))
-        torch.maximum(max_logits, scores.amax(dim=(0, 2, 3)).float(), out=max_logits)
+        torch.maximum(max_logits, scores.amax(dim=(0, 2, 3)).to(max_logits.dtype), out=max_logits)
 
 
 class MLA(nn.Module):

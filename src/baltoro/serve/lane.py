@@ -8,7 +8,6 @@ the next token. So prompts, continued turns and preempted requests take one path
 import bisect
 import hashlib
 import random
-from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,6 +18,7 @@ from baltoro.agent.engine import Sampling
 from baltoro.chat.messages import MediaItem, TokenSequence
 from baltoro.model.attention import CachePlan
 from baltoro.model.kimi import KimiK25
+from baltoro.model.layers import wide
 from baltoro.serve.draw import draw
 from baltoro.serve.pages import Key, PagePool, Prefix
 
@@ -138,7 +138,8 @@ class Lane:
                 ends.append(at - 1)
                 drawing.append(request)
         if drawing:
-            logits = self.model.logits(hidden[torch.tensor(ends, device=self.device)]).float()
+            logits = self.model.logits(hidden[torch.tensor(ends, device=self.device)])
+            logits = logits.to(wide(logits.dtype))
             samplings = [r.sampling for r in drawing]
             uniforms = [r.rng.random() if r.sampling.temperature > 0 else 0.0 for r in drawing]
             for request, token, logprob in zip(
