@@ -1,6 +1,7 @@
 """The embedded engine against teacher-forced forwards of the same model, in float32."""
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 
@@ -11,11 +12,11 @@ import torch
 from baltoro.agent.engine import Completion, Sampling
 from baltoro.chat.messages import MediaItem, TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.model.attention import Segments
+from baltoro.model.attention import CachePlan, Segments
 from baltoro.model.config import NANO
+from baltoro.model.decoder import Decoder
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
-from baltoro.model.vit import Grid
 from baltoro.serve.local import LocalEngine
 
 TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
@@ -75,8 +76,18 @@ def _ask(engine: LocalEngine, *requests: tuple[TokenSequence, Sampling]) -> list
     return asyncio.run(run())
 
 
-def _engine(model: KimiK25, slots: int = 4, max_len: int = 96) -> LocalEngine:
-    return LocalEngine({"a": model}, TOKENIZER, slots=slots, max_len=max_len)
+def _engine(
+    model: KimiK25,
+    slots: int = 4,
+    max_len: int = 96,
+    *,
+    cache_tokens: int | None = None,
+    page: int = 4,
+    chunk: int = 2048,
+) -> LocalEngine:
+    return LocalEngine(
+        {"a": model}, TOKENIZER, slots=slots, max_len=max_len, cache_tokens=cache_tokens, page=page, chunk=chunk
+    )
 
 
 def test_logprobs_are_those_of_the_model_at_temperature_1() -> None:
@@ -156,13 +167,13 @@ def test_a_continued_context_is_as_good_as_a_fresh_one() -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each step of the engine read."""
     counts: list[int] = []
-    plain = KimiK25.embed
+    plain = Decoder.extend
 
-    def counted(self: KimiK25, ids: torch.Tensor, patches: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
-        counts.append(len(ids))
-        return plain(self, ids, patches, grids)
+    def counted(self: Decoder, x: torch.Tensor, cache: list[torch.Tensor], plan: CachePlan) -> torch.Tensor:
+        counts.append(len(x))
+        return plain(self, x, cache, plan)
 
-    monkeypatch.setattr(KimiK25, "embed", counted)
+    monkeypatch.setattr(Decoder, "extend", counted)
     return counts
 
 
@@ -170,16 +181,6 @@ def test_continuing_reads_only_the_new_tokens(reads: list[int]) -> None:
     _turns(_engine(_model(4, stops=1.6)), _prompt(0, 8, _item(1)), _prompt(1, 6, _item(2, (2, 4, 2))), 0)
     # First 1 + 2 + 1 + 8 tokens; then the sampled stop token, which was never read, and 1 + 2 + 1 + 6 that follow it.
     assert sorted(reads)[-2:] == [11, 12]
-
-
-def test_two_equal_answers_keep_both_slots(reads: list[int]) -> None:
-    engine = _engine(_model(4, stops=50.0), slots=2)
-    request = (_prompt(0, 8), Sampling(4, temperature=0.0))
-    first, second = _ask(engine, request, request)
-    assert first.ids == second.ids == [STOP]
-    reads.clear()
-    _ask(engine, (_prompt(1, 20), request[1]), (_prompt(2, 20), request[1]))
-    assert reads == [42]  # both at once
 
 
 def test_equal_tokens_with_another_picture_are_another_context() -> None:
@@ -257,6 +258,41 @@ def test_cancelled_requests_free_their_slots() -> None:
             return done[1]
 
     _check(model, _prompt(9, 6), asyncio.run(run()))
+
+
+def test_a_stream_is_the_completion_and_ends_when_it_is_closed() -> None:
+    model = _model(4, stops=1.6)
+    engine = _engine(model, slots=1, max_len=4000)
+    request = (_prompt(0, 8), Sampling(40))
+
+    async def run() -> list[tuple[int, float]]:
+        async with engine.run():
+            endless = engine.stream(_prompt(1, 8), Sampling(3000, seed=1), "a")
+            async with contextlib.aclosing(endless):
+                assert (await anext(endless)).token != STOP
+            # The one slot is needed again.
+            return [(s.token, s.logprob) async for s in engine.stream(*request, "a")]
+
+    whole = _ask(_engine(model), request)[0]
+    assert whole.finish_reason == "stop"
+    assert asyncio.run(run()) == list(zip(whole.ids, whole.logprobs, strict=True))
+
+
+def test_who_waits_outside_is_told_when_the_engine_stops() -> None:
+    engine = _engine(_model(0), max_len=4000)
+
+    async def run() -> None:
+        async with engine.run():
+            task = asyncio.create_task(engine.generate(_prompt(0, 4), Sampling(3000), "a"))
+            stream = engine.stream(_prompt(1, 4), Sampling(3000), "a")
+            await anext(stream)
+        with pytest.raises(RuntimeError, match="stopped"):
+            await task
+        with pytest.raises(RuntimeError, match="stopped"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(run())
 
 
 async def _settled(tasks: list[asyncio.Task[Completion]]) -> list[asyncio.Task[Completion]]:

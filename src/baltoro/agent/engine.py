@@ -27,6 +27,14 @@ class Completion:
     weight_version: int
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """One token of a completion as it is drawn, with its log-probability at temperature 1."""
+
+    token: int
+    logprob: float
+
+
 class Engine(Protocol):
     """Anything that continues a token sequence. Stops at <|im_end|> or after `max_tokens`."""
 

@@ -47,7 +47,7 @@ class Decoder(nn.Module):
 
     def extend(self, x: Tensor, cache: list[Tensor], plan: CachePlan) -> Tensor:
         """x [T, dim] embeddings of new tokens of several sequences -> normed states [T, dim]; `cache` holds per layer
-        [slots, max_len, R + rope] and is extended in place."""
+        [pages, page, R + rope] and is extended in place."""
         cos, sin = cos_sin(plan.positions, self.inv_freq, x.dtype)
         for layer, kept in zip(self.layers, cache, strict=True):
             assert isinstance(layer, DecoderLayer)
