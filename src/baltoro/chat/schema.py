@@ -18,61 +18,66 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
-_SIZES = ("minLength", "maxLength", "minItems", "maxItems")
-_BOUNDS = ("minimum", "maximum")
 _REFERENCE = "#/$defs/"
 _PATTERN_SECONDS = 0.1  # patterns come from strangers, and some take exponential time
 
 
 def check_schema(schema: object) -> None:
     """Raises ValueError, naming the place, unless every keyword has a value of its kind."""
-    definitions: object = cast(_Schema, schema).get("$defs", {}) if isinstance(schema, dict) else {}
-    _check_schema(schema, "parameters", cast(dict[str, Any], definitions) if isinstance(definitions, dict) else {})
+    definitions = _object((_object(schema) or {}).get("$defs")) or {}
+    _check_schema(schema, "parameters", {"#", *(_REFERENCE + name for name in definitions)})
 
 
-def _check_schema(schema: object, path: str, definitions: dict[str, Any]) -> None:
-    def need(right: bool, key: str, kind: str) -> None:
-        if not right:
-            raise ValueError(f"{path}.{key} must be {kind}")
-
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
+def _check_schema(schema: object, path: str, references: set[str]) -> None:
+    keywords = {} if isinstance(schema, bool) else _object(schema)
+    if keywords is None:
         raise ValueError(f"{path} must be a JSON schema: an object or a boolean")
-    below: list[tuple[str, object]] = []
-    for key, value in cast(dict[str, Any], schema).items():
+    for key, value in keywords.items():
+        wanted = ""
+        items = _array(value)
         match key:
             case "type":
-                kinds = cast(list[object], value) if isinstance(value, list) else [value]
-                known = all(isinstance(kind, str) and kind in _TYPES for kind in kinds)
-                need(bool(kinds) and known, key, f"one or several of {', '.join(_TYPES)}")
+                kinds = [value] if items is None else items
+                if not kinds or any(not isinstance(kind, str) or kind not in _TYPES for kind in kinds):
+                    wanted = f"one or several of {', '.join(_TYPES)}"
             case "properties" | "$defs":
-                need(isinstance(value, dict), key, "an object")
-                below += [(f"{key}.{name}", item) for name, item in value.items()]
-            case "required":
-                need(isinstance(value, list) and all(isinstance(v, str) for v in value), key, "an array of strings")
+                if (schemas := _object(value)) is None:
+                    wanted = "an object"
+                for name, below in (schemas or {}).items():
+                    _check_schema(below, f"{path}.{key}.{name}", references)
             case "items" | "additionalProperties":
-                below.append((key, value))
+                _check_schema(value, f"{path}.{key}", references)
             case "anyOf":
-                need(isinstance(value, list) and bool(value), key, "an array of schemas")
-                below += [(f"{key}[{i}]", item) for i, item in enumerate(value)]
+                wanted = "" if items else "an array of schemas"
+                for index, below in enumerate(items or ()):
+                    _check_schema(below, f"{path}.{key}[{index}]", references)
+            case "required":
+                wanted = "" if items is not None and all(isinstance(i, str) for i in items) else "an array of strings"
             case "enum":
-                need(isinstance(value, list) and bool(value), key, "an array of values")
+                wanted = "" if items else "an array of values"
             case "$ref":
-                known = isinstance(value, str) and (value == "#" or value.removeprefix(_REFERENCE) in definitions)
-                need(known, key, "# or #/$defs/name with a name that is defined")
+                known = isinstance(value, str) and value in references
+                wanted = "" if known else "# or #/$defs/name with a name that is defined"
             case "description":
-                need(isinstance(value, str), key, "a string")
+                wanted = "" if isinstance(value, str) else "a string"
             case "pattern":
-                need(isinstance(value, str) and _compiles(value), key, "a regular expression")
-            case _ if key in _SIZES:
-                need(type(value) is int and value >= 0, key, "an integer of at least 0")
-            case _ if key in _BOUNDS:
-                need(type(value) in (int, float), key, "a number")
+                wanted = "" if isinstance(value, str) and _compiles(value) else "a regular expression"
+            case "minLength" | "maxLength" | "minItems" | "maxItems":
+                wanted = "" if type(value) is int and value >= 0 else "an integer of at least 0"
+            case "minimum" | "maximum":
+                wanted = "" if type(value) in (int, float) else "a number"
             case _:
                 pass
-    for name, item in below:
-        _check_schema(item, f"{path}.{name}", definitions)
+        if wanted:
+            raise ValueError(f"{path}.{key} must be {wanted}")
+
+
+def _object(value: object) -> dict[str, object] | None:
+    return cast(dict[str, object], value) if isinstance(value, dict) else None
+
+
+def _array(value: object) -> list[object] | None:
+    return cast(list[object], value) if isinstance(value, list) else None
 
 
 def _compiles(pattern: str) -> bool:
@@ -111,7 +116,7 @@ def _check(value: object, schema: _Schema | bool, path: str, root: _Schema) -> N
     if "anyOf" in schema:
         _check_any(value, schema["anyOf"], path, root)
     if "type" in schema:
-        kinds: list[str] = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        kinds = cast(list[str], _array(schema["type"]) or [schema["type"]])
         if not any(_is(value, kind) for kind in kinds):
             raise ValueError(f"{path} must be of type {' or '.join(kinds)}")
     if "enum" in schema and not any(_same(value, choice) for choice in schema["enum"]):
@@ -121,9 +126,10 @@ def _check(value: object, schema: _Schema | bool, path: str, root: _Schema) -> N
         if "pattern" in schema:
             _check_pattern(value, schema["pattern"], path)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if value < schema.get("minimum", value) or value > schema.get("maximum", value):
-            bounds = [f"{word} {schema[key]}" for key, word in (("minimum", "at least"), ("maximum", "at most")) if key in schema]
-            raise ValueError(f"{path} must be {' and '.join(bounds)}")
+        if value < schema.get("minimum", value):
+            raise ValueError(f"{path} must be at least {schema['minimum']}")
+        if value > schema.get("maximum", value):
+            raise ValueError(f"{path} must be at most {schema['maximum']}")
     elif isinstance(value, list):
         items = cast(list[object], value)
         _check_length(len(items), schema, "Items", path, "items")
@@ -171,7 +177,7 @@ def _check_pattern(value: str, pattern: str, path: str) -> None:
 def _is(value: object, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
-    return isinstance(value, _TYPES[kind]) or (kind == "integer" and isinstance(value, float) and value.is_integer())
+    return isinstance(value, _TYPES[kind])
 
 
 def _same(a: object, b: object) -> bool:
