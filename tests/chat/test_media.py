@@ -83,7 +83,7 @@ def test_pixels_of_the_release() -> None:
     ],
 )
 def test_size_and_grid(width: int, height: int, limit: int, size: tuple[int, int], grid: tuple[int, int, int]) -> None:
-    assert fitted_size(width, height, K25, limit) == size
+    assert fitted_size(width, height, K25, limit, 512) == size
     assert preprocess_image(Image(np.zeros((height, width, 3), np.uint8)), small(limit)).grid_thw == grid
 
 
@@ -99,10 +99,10 @@ def test_a_resized_picture_is_pil_bicubic_padded_bottom_and_right_with_black() -
 
 @given(st.integers(1, 20_000), st.integers(1, 20_000))
 def test_never_enlarges_and_keeps_sides_within_bounds(width: int, height: int) -> None:
-    new_width, new_height = fitted_size(width, height, K25, K25.patch_limit)
+    new_width, new_height = fitted_size(width, height, K25, K25.patch_limit, 512)
     assert 1 <= new_width <= min(width, 7168)
     assert 1 <= new_height <= min(height, 7168)
-    assert fitted_size(height, width, K25, K25.patch_limit) == (new_height, new_width)
+    assert fitted_size(height, width, K25, K25.patch_limit, 512) == (new_height, new_width)
 
 
 def test_a_clip_becomes_timestamped_chunks_of_four_sampled_frames() -> None:

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part, ToolCall
+from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part, ToolCall, Video
 
 # completed: the agent answered of its own accord. limit: it was made to answer, or cut. overflow: the context was
 # full (a failure, appendix E.6). failed: the engine failed.
@@ -113,6 +113,8 @@ def _part_json(part: Part) -> dict[str, object]:
         return {"type": "text", "text": part}
     if isinstance(part, Image):
         return {"type": "image", "hash": media_hash(part), "shape": list(part.pixels.shape)}
+    if isinstance(part, Video):
+        return {"type": "video"}
     return {"type": "clip", "hash": media_hash(part), "shape": list(part.frames.shape), "fps": part.fps}
 
 
@@ -125,9 +127,12 @@ def media_hash(part: Image | Clip) -> str:
 
 
 def media_by_hash(trace: Trace) -> dict[str, Image | Clip]:
-    """Every picture and clip that the agent or its children saw."""
+    """Every picture and clip that the agent or its children saw; video files stay where they are."""
     found = {
-        media_hash(part): part for message in trace.messages for part in message.content if not isinstance(part, str)
+        media_hash(part): part
+        for message in trace.messages
+        for part in message.content
+        if isinstance(part, Image | Clip)
     }
     for child in trace.children:
         found.update(media_by_hash(child))

@@ -1,6 +1,7 @@
 """What agents, environments and trainers say to a model: messages, tool calls and media. Plain data, no tensors."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,14 @@ class Clip:
     fps: float
 
 
-Part = str | Image | Clip
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A video file. It is decoded where it is rendered, chunk by chunk: its frames may be larger than memory."""
+
+    file: bytes | Path
+
+
+Part = str | Image | Clip | Video
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Messages to token ids in the K2.5 chat format (model.md section 11). Control tokens are placed by id and all text is
 encoded as ordinary text, so nothing that a user, a tool or a web page says can become a control token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from baltoro.chat.declare import declare_tools
+from baltoro.chat.decode import decode_video
 from baltoro.chat.media import MediaSpec, preprocess_clip, preprocess_image
-from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part, TokenSequence, ToolSpec
+from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part, TokenSequence, ToolSpec, Video
 from baltoro.chat.tokenizer import Tokenizer
 
 
@@ -136,9 +137,14 @@ class _Writer:
                 self._media("image", preprocess_image(part, self._spec))
                 self.text("\n")
             case Clip():
-                for time, chunk in preprocess_clip(part, self._spec):
-                    self.text(time)
-                    self._media("video", chunk)
+                self._chunks(preprocess_clip(part, self._spec))
+            case Video():
+                self._chunks(decode_video(part.file, self._spec))
+
+    def _chunks(self, chunks: Iterable[tuple[str, MediaItem]]) -> None:
+        for time, chunk in chunks:
+            self.text(time)
+            self._media("video", chunk)
 
     def _media(self, kind: str, item: MediaItem) -> None:
         t = self._tokenizer

@@ -19,4 +19,4 @@ class Document:
 
     @property
     def media(self) -> tuple[Image | Clip, ...]:
-        return tuple(part for part in self.body if not isinstance(part, str))
+        return tuple(part for part in self.body if isinstance(part, Image | Clip))
