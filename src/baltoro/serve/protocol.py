@@ -4,11 +4,9 @@ A field that would change the answer and is not supported is refused, never igno
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-_SEED_BITS = 63
 
 
 class ApiError(Exception):
@@ -165,8 +163,8 @@ class ChatRequest(_Model):
     prompt_cache_key: str | None = None
     # Admitted only where they ask for nothing.
     response_format: ResponseFormat | None = None
-    presence_penalty: Literal[0, 0.0] | None = None
-    frequency_penalty: Literal[0, 0.0] | None = None
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
     logit_bias: dict[str, Any] | None = Field(None, max_length=0)
 
     @model_validator(mode="before")
@@ -215,8 +213,8 @@ def read_request(data: bytes) -> ChatRequest:
         # A union reports every arm; the arm that was meant is the one that got furthest.
         worst = max(error.errors(include_url=False), key=lambda e: len(_place(body, e["loc"])))
         place = _place(body, worst["loc"])
-        if worst["type"] in ("missing", "extra_forbidden"):
-            place = [*place, str(worst["loc"][-1])] if worst["type"] == "missing" else place
+        if worst["type"] == "missing":
+            place.append(str(worst["loc"][-1]))
         param = ".".join(place)
         raise ApiError(400, f"{param or 'the body'}: {worst['msg']}", param=param or None) from None
 
@@ -225,8 +223,8 @@ def _place(body: Any, loc: tuple[int | str, ...]) -> list[str]:
     """Those parts of pydantic's location that exist in the body: it also names the arms of unions."""
     place: list[str] = []
     for part in loc:
-        if isinstance(body, dict) and part in body or isinstance(body, list) and isinstance(part, int):
-            body = body[part]
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            body = cast(Any, body)[part]
             place.append(str(part))
     return place
 
