@@ -149,6 +149,8 @@ def test_without_the_training_packages_it_says_what_to_install(outcome: Callable
         (["recipe"], "run.toml"),
         (["ablate", "adam", "x.toml"], "'parl'"),
         (["recipe", "x.toml", "--fast"], "--fast"),
+        (["convert", "a", "b"], "--to"),
+        (["convert", "a", "b", "--to", "fp8"], "'fp8'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]):
@@ -168,7 +170,7 @@ def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[s
         cli.main([name, "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
-    assert "key=value" in shown
+    assert ("--to" if cli.COMMANDS[name].forms else "key=value") in shown
     example = cli.COMMANDS[name].example.split()
     assert " ".join(example) in shown
     given = cli._parser().parse_args(example[1:])  # the example is a valid command line

@@ -1,4 +1,6 @@
-"""`baltoro <command> [run.toml] [key=value ...]`: the one boundary where a user's mistake becomes one line of text."""
+"""`baltoro <command> [run.toml] [key=value ...]`: the one boundary where a user's mistake becomes one line of text.
+
+`baltoro convert` has folders and a format instead of a run file."""
 
 import argparse
 import errno
@@ -14,13 +16,17 @@ from baltoro import config
 
 @dataclass(frozen=True)
 class Command:
-    """`run(file, overrides)` imports what it needs when called: `baltoro --help` answers at once, without torch."""
+    """`run(file, overrides)` imports what it needs when called: `baltoro --help` answers at once, without torch.
+
+    With `forms` the command takes a source and a target folder, and `--to` one of the forms; `run(source, [target,
+    form])`."""
 
     summary: str
     details: str
     example: str
     run: Callable[[Path, Sequence[str]], None]
     subjects: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
 
 
 def _recipe(file: Path, overrides: Sequence[str]) -> None:
@@ -39,6 +45,29 @@ def _report(file: Path, overrides: Sequence[str]) -> None:
     from baltoro.recipe import RecipeConfig, write_report
 
     write_report(config.load(file, overrides, RecipeConfig))
+
+
+def _convert(source: Path, words: Sequence[str]) -> None:
+    from baltoro.model.convert import convert
+    from baltoro.report.progress import Progress
+
+    target, form = words
+    # Before the first minute has been measured, 200 MB a second are as good a guess as any.
+    expected = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 200e6
+    with Progress({"convert": expected}) as progress:
+        begun = False
+
+        def report(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                progress.stage("convert", f"{source} to {target} as {form}, in MB", -(-total // 10**6))
+                begun = True
+            progress.update(done // 10**6, {})
+
+        damaged = convert(source, Path(target), form, report)
+    for file in damaged:
+        print(f"{Path(target) / file} was damaged and has been written again")
+    print(f"{target} is whole; its checksums are in {target}/SHA256SUMS")
 
 
 COMMANDS = {
@@ -65,6 +94,19 @@ COMMANDS = {
         "baltoro report configs/nano.toml",
         _report,
     ),
+    "convert": Command(
+        "convert a checkpoint between the released layouts and transformers' own",
+        "SOURCE is a folder with config.json and safetensors files in any of the three formats, such as the released\n"
+        "Kimi-K2.5; TARGET is a new folder. Formats: int4 (as released: routed experts in four bits, groups of 32),\n"
+        "bf16 (the same names, all in bfloat16), hf (as transformers names and stacks them). Weights stream through,\n"
+        "a few rows at a time: a gigabyte of memory is enough for the whole release.\n"
+        "To resume an interrupted conversion run the same command again: finished shards are verified and kept.\n"
+        "Run it again after its end to verify TARGET. SOURCE is verified too if it has SHA256SUMS (which\n"
+        "`sha256sum -c SHA256SUMS` reads as well).",
+        "baltoro convert Kimi-K2.5 Kimi-K2.5-bf16 --to bf16",
+        _convert,
+        forms=("bf16", "int4", "hf"),
+    ),
 }
 
 
@@ -74,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(words)
     file: Path = given.file
     try:
-        COMMANDS[given.command].run(file, given.overrides)
+        COMMANDS[given.command].run(file, [given.target, given.to] if "to" in given else given.overrides)
     except KeyboardInterrupt:
         return _say(f"interrupted; to resume, run again: baltoro {' '.join(words)}", 130)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -104,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example: {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if command.forms:
+            one.add_argument("file", type=Path, metavar="SOURCE", help="the folder of a checkpoint")
+            one.add_argument("target", metavar="TARGET", help="a new folder, or that of an interrupted conversion")
+            one.add_argument("--to", choices=command.forms, required=True, help="the format of TARGET")
+            continue
         if command.subjects:
             one.add_argument("subject", choices=command.subjects, help="what to leave parts out of")
         one.add_argument("file", type=Path, metavar="run.toml", help="the run file, one of configs/ or your own")
