@@ -312,7 +312,10 @@ async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str,
     runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; choose another port=") from None
         for number in signals:
             loop.add_signal_handler(number, on_signal)
         shown = f"[{host}]" if ":" in host else host
