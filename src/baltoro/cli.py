@@ -1,6 +1,6 @@
 """`baltoro <command> [run.toml] [key=value ...]`: the one boundary where a user's mistake becomes one line of text.
 
-`baltoro convert` has folders and a format instead of a run file."""
+`baltoro convert` has folders and a format instead of a run file, `baltoro serve` a folder."""
 
 import argparse
 import errno
@@ -18,8 +18,8 @@ from baltoro import config
 class Command:
     """`run(file, overrides)` imports what it needs when called: `baltoro --help` answers at once, without torch.
 
-    With `forms` the command takes a source and a target folder, and `--to` one of the forms; `run(source, [target,
-    form])`."""
+    `file` names and explains the first argument. With `forms` the command takes a source and a target folder, and
+    `--to` one of the forms; `run(source, [target, form])`."""
 
     summary: str
     details: str
@@ -27,6 +27,7 @@ class Command:
     run: Callable[[Path, Sequence[str]], None]
     subjects: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
+    file: tuple[str, str] = ("run.toml", "the run file, one of configs/ or your own")
 
 
 def _recipe(file: Path, overrides: Sequence[str]) -> None:
@@ -70,6 +71,17 @@ def _convert(source: Path, words: Sequence[str]) -> None:
     print(f"{target} is whole; its checksums are in {target}/SHA256SUMS")
 
 
+def _serve(target: Path, overrides: Sequence[str]) -> None:
+    from baltoro.recipe import RecipeConfig, open_run
+    from baltoro.serve.load import ServeConfig, open_release, serve_model
+
+    settings = config.from_overrides(overrides, ServeConfig)
+    folder = target if target.is_dir() else config.load(target, (), RecipeConfig).folder
+    is_run = (folder / "checkpoints").is_dir()
+    loaded = open_run(folder, settings) if is_run else open_release(folder, settings)
+    serve_model(loaded, settings, settings.name or folder.resolve().name)
+
+
 COMMANDS = {
     "recipe": Command(
         "run the whole recipe, stage after stage, and write the report",
@@ -106,6 +118,19 @@ COMMANDS = {
         "baltoro convert Kimi-K2.5 Kimi-K2.5-bf16 --to bf16",
         _convert,
         forms=("bf16", "int4", "hf"),
+    ),
+    "serve": Command(
+        "answer OpenAI's chat completion requests with a trained model",
+        "FOLDER is the folder of a run, or a checkpoint in the released layout with its tiktoken.model; a run file\n"
+        "stands for its run's folder. POST /v1/chat/completions takes text, images and videos (as data: URLs), tools,\n"
+        'stream, stop, n, seed, logprobs, return_token_ids, and chat_template_kwargs={"thinking": false} for instant\n'
+        "mode.\n"
+        "Settings are host, port, name (of the model), stage (of the run), context, slots (completions in the batch),\n"
+        "queue (completions that may wait), body_mb, threads and dtype. If BALTORO_API_KEY is set in the environment,\n"
+        "requests must bear it. SIGTERM or Ctrl-C lets running requests finish; a second one does not.",
+        "baltoro serve runs/nano port=8000",
+        _serve,
+        file=("FOLDER", "the folder of a run or of a checkpoint, or a run file"),
     ),
 }
 
@@ -153,12 +178,13 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if command.subjects:
             one.add_argument("subject", choices=command.subjects, help="what to leave parts out of")
-        one.add_argument("file", type=Path, metavar="run.toml", help="the run file, one of configs/ or your own")
+        metavar, meaning = command.file
+        one.add_argument("file", type=Path, metavar=metavar, help=meaning)
         one.add_argument(
             "overrides",
             nargs="*",
             metavar="key=value",
-            help="replaces a value of the run file, written as in TOML; a dot enters a table: table.key=0.5",
+            help="a setting, or what replaces a value of the run file, as in TOML; a dot enters a table: table.key=0.5",
         )
     return parser
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -13,23 +14,26 @@ T = TypeVar("T")
 
 
 def load(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
-    """Reads `path`, applies `key.sub=value` overrides (later ones win) and builds `schema`, a dataclass.
+    """Reads `path` (TOML, or JSON as `dump` gives it), applies `key.sub=value` overrides (later ones win) and builds
+    `schema`, a dataclass.
 
     An override's value is TOML (`seed=1`, `mix=[0.5, 0.5]`, `name="a b"`); what is not TOML is a string (`name=nano`).
     Raises ValueError, naming file and dotted key, for an unknown or missing key or a value of the wrong type.
     """
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        table: dict[str, Any] = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"run file {path} does not exist; give the path of a TOML run file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}; correct the file") from None
-    for override in overrides:
-        _apply(table, override)
-    try:
-        return cast(T, _build(schema, table, ""))
-    except _Mismatch as mismatch:
-        raise ValueError(f"{path}: {mismatch}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid {kind}: {error}; correct the file") from None
+    return _fill(schema, table, overrides, str(path))
+
+
+def from_overrides(overrides: Sequence[str], schema: type[T]) -> T:
+    """As `load`, of a file that says nothing."""
+    return _fill(schema, {}, overrides, "settings")
 
 
 def dump(config: object) -> dict[str, Any]:
@@ -39,6 +43,15 @@ def dump(config: object) -> dict[str, Any]:
         for field in dataclasses.fields(cast(Any, config))
         if (value := getattr(config, field.name)) is not None
     }
+
+
+def _fill(schema: type[T], table: dict[str, Any], overrides: Sequence[str], source: str) -> T:
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return cast(T, _build(schema, table, ""))
+    except _Mismatch as mismatch:
+        raise ValueError(f"{source}: {mismatch}") from None
 
 
 class _Mismatch(ValueError):

@@ -4,6 +4,7 @@ one goes on where it stopped."""
 
 import asyncio
 import dataclasses
+import json
 import os
 import random
 import resource
@@ -22,6 +23,7 @@ from baltoro.chat.messages import Message, user
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.config import dump
+from baltoro.config import load as load_config
 from baltoro.data.mixture import Mixture, Source
 from baltoro.data.sources import Sources
 from baltoro.eval.evaluation import Evaluation, EvaluationConfig, evaluate
@@ -37,6 +39,7 @@ from baltoro.report.run_folder import RunFolder, commit
 from baltoro.rl.shaping import ParlShaping
 from baltoro.rl.trainer import IterationReport, RLConfig, Rollout, run_rl
 from baltoro.serve.live import LivePrompt
+from baltoro.serve.load import Loaded, ServeConfig, threads
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.critical import critical_steps, parallelism
 from baltoro.swarm.demonstrations import Demonstrator
@@ -516,6 +519,27 @@ def write_report(config: RecipeConfig) -> None:
     if not (config.folder / "results.json").exists():
         raise FileNotFoundError(f"{config.folder}: no results.json; run `baltoro recipe` first")
     print(write_html(config.folder))
+
+
+def open_run(folder: Path, settings: ServeConfig) -> Loaded:
+    """The model of a run folder as one of its stages left it. Raises ValueError, OSError."""
+    config = load_config(folder / "config.json", (), RecipeConfig)
+    results = folder / "results.json"
+    finished = json.loads(results.read_text())["stages"] if results.exists() else {}
+    stage = settings.stage or next((name for name in ("parl", "rl", "sft") if name in finished), "")
+    checkpoint = folder / "checkpoints" / f"{stage}.safetensors"
+    stages = sorted({path.stem for path in checkpoint.parent.glob("*.safetensors")} - {"vit"})  # of a smaller model
+    if stage not in stages:
+        wanted = f"checkpoint of {stage}" if stage else "finished stage from sft on"
+        raise ValueError(f"{folder} has no {wanted}; choose with stage= from: {', '.join(stages) or 'none'}")
+    tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
+    base = PRESETS[config.model]
+    yarn = None if stage in ("projector", "pretrain") else config.longctx.yarn
+    text = dataclasses.replace(base.text, vocab_size=tokenizer.vocab_size, yarn=yarn)
+    dtype = prepare_machine(threads(settings), settings.dtype)
+    model = KimiK25(dataclasses.replace(base, text=text), tokenizer.media_pad, dtype)
+    load_state(checkpoint, model)
+    return Loaded(model, tokenizer, config.media, config.agents.rules.max_context_tokens)
 
 
 def ablate_parl(config: RecipeConfig) -> None:

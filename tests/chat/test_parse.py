@@ -6,16 +6,26 @@ from hypothesis import strategies as st
 
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message, ToolCall, assistant
-from baltoro.chat.parse import Parsed, parse_completion
+from baltoro.chat.parse import (
+    ArgumentsDelta,
+    CallBegun,
+    CallEnded,
+    CompletionParser,
+    ContentDelta,
+    Event,
+    Parsed,
+    ReasoningDelta,
+    parse_completion,
+)
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 
 CONTROL = Tokenizer({bytes([b]): b for b in range(256)}).special
 STRAY = "<|tool_call_section_begin|>"
 # Any Unicode text, salted with text that spells control tokens.
-markers = st.sampled_from([*CONTROL, STRAY])
+markers = st.sampled_from([*CONTROL, STRAY, STRAY[:9], STRAY[:-1]])
 hostile_text = st.lists(st.one_of(st.text(max_size=9), markers), max_size=4).map("".join)
-names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.:-]{0,9}", fullmatch=True)
+names = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]), min_size=1, max_size=9)
 calls = st.builds(lambda n, i, a: ToolCall(f"functions.{n}:{i}", n, a), names, st.integers(0, 200), hostile_text)
 assistants = st.builds(
     lambda text, reasoning, calls: assistant(text, reasoning=reasoning, tool_calls=tuple(calls)),
@@ -142,3 +152,72 @@ def test_what_follows_the_end_of_the_turn_is_not_read(tokenizer: Tokenizer) -> N
     parsed = parse_completion(said(tokenizer, f"r</think>c<|im_end|>{BEGIN}{CALL}"), tokenizer)
     assert parsed.errors == ()
     assert fields(parsed.message) == fields(assistant("c", reasoning="r"))
+
+
+DELTAS = (ReasoningDelta, ContentDelta, ArgumentsDelta)
+
+
+def told(message: Message) -> list[Event]:
+    """The events of a faultless turn, each text in one piece."""
+    events: list[Event] = [ReasoningDelta(message.reasoning), ContentDelta(message.text)]
+    for call in message.tool_calls:
+        events += [CallBegun(call.id, call.name), ArgumentsDelta(call.arguments), CallEnded()]
+    return [event for event in events if not (isinstance(event, DELTAS) and not event.text)]
+
+
+def joined(events: list[Event]) -> list[Event]:
+    whole: list[Event] = []
+    for event in events:
+        last = whole[-1] if whole else None
+        if isinstance(event, DELTAS) and isinstance(last, DELTAS) and type(event) is type(last):
+            whole[-1] = type(event)(last.text + event.text)
+        else:
+            whole.append(event)
+    return whole
+
+
+@given(message=assistants)
+def test_streams_what_was_rendered_with_no_character_cut(
+    tokenizer: Tokenizer, byte_tokenizer: Tokenizer, message: Message
+) -> None:
+    """Tokens of many characters or of one byte each: the same story, and no delta holds a broken character."""
+    for t in (tokenizer, byte_tokenizer):
+        sequence = render([message], t, MediaSpec.K25)
+        parser = CompletionParser(t)
+        events = [event for i in sequence.ids[sequence.loss_mask.index(1) :] for event in parser.feed(i)]
+        assert parser.finish() == []
+        assert joined(events) == told(message)
+        assert all(event.text for event in events if isinstance(event, DELTAS))
+        if "\ufffd" not in message.reasoning + message.text + "".join(c.arguments for c in message.tool_calls):
+            assert not any("\ufffd" in event.text for event in events if isinstance(event, DELTAS))
+
+
+def test_a_delta_comes_with_the_token_that_completes_it(byte_tokenizer: Tokenizer) -> None:
+    t = byte_tokenizer
+    parser = CompletionParser(t)
+
+    def feed(text: str) -> list[str]:
+        return ["".join(e.text for e in parser.feed(i) if isinstance(e, DELTAS)) for i in said(t, text)]
+
+    assert feed("a天") == ["a", "", "", "天"]
+    assert feed("</think>") == [""]
+    # What may become the stray word waits until it cannot any more.
+    assert feed("b<|tool_x") == ["b", *[""] * 7, "<|tool_x"]
+    assert feed(f"{STRAY} \n.") == [*[""] * (len(STRAY) + 2), f"{STRAY} \n."]
+    assert feed(f"{STRAY}\n<|tool_call_begin|>") == [""] * (len(STRAY) + 2)
+    assert feed("f:0<|tool_call_argument_begin|>{é") == ["", "", "", "", "{", "", "é"]
+
+
+def test_arguments_have_no_longest_length(byte_tokenizer: Tokenizer) -> None:
+    arguments = '{"text": "' + "<|tool_call_end|> \n" * 20_000 + '"}'
+    message = assistant(tool_calls=(ToolCall("functions.f:0", "f", arguments),))
+    sequence = render([message], byte_tokenizer, MediaSpec.K25)
+    parsed = parse_completion(sequence.ids[sequence.loss_mask.index(1) :], byte_tokenizer)
+    assert parsed == Parsed(parsed.message)
+    assert fields(parsed.message) == fields(message)
+
+
+@given(ids=st.lists(st.integers(0, 319), max_size=40), thinking=st.booleans())
+def test_any_ids_at_all_are_read(byte_tokenizer: Tokenizer, ids: list[int], thinking: bool) -> None:
+    parsed = parse_completion(ids, byte_tokenizer, thinking)
+    assert ("the turn was cut off before <|im_end|>" in parsed.errors) == (byte_tokenizer.im_end not in ids)

@@ -5,8 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from baltoro.agent.tool import CallContext, parse_arguments
+from baltoro.agent.tool import CallContext
 from baltoro.chat.messages import Clip, Image
+from baltoro.chat.schema import parse_arguments
 from baltoro.tools.reader import Reader
 from baltoro.tools.viewer import Viewer, crop, cut_segment
 from baltoro.world.document import Document
@@ -111,5 +112,5 @@ async def test_view_of_a_clip_takes_segment_and_region_together() -> None:
 )
 def test_the_schema_of_view_refuses(text: str, fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
-        parse_arguments(text, Viewer.spec)
-    assert parse_arguments('{"url": "u", "region": [0, 0.5, 1, 1]}', Viewer.spec)["region"] == [0, 0.5, 1, 1]
+        parse_arguments(text, Viewer.spec.parameters)
+    assert parse_arguments('{"url": "u", "region": [0, 0.5, 1, 1]}', Viewer.spec.parameters)["region"] == [0, 0.5, 1, 1]

@@ -1,5 +1,6 @@
 """The boundary between agents and models: token ids in, token ids with log-probabilities out (appendix D)."""
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -40,4 +41,12 @@ class Engine(Protocol):
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
         """`role` names the policy that speaks (orchestrator, subagent, ...), so that one engine may serve several."""
+        ...
+
+
+class StreamingEngine(Protocol):
+    """An engine that hands each token over as it is drawn."""
+
+    def stream(self, prompt: TokenSequence, sampling: Sampling, role: str) -> AsyncGenerator[Sampled]:
+        """The tokens of `generate`, the stop token included. Closing the generator ends the work on the request."""
         ...

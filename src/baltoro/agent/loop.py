@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baltoro.agent.engine import Completion, Engine, Sampling
-from baltoro.agent.tool import CallContext, Tool, ToolResult, parse_arguments
+from baltoro.agent.tool import CallContext, Tool, ToolResult
 from baltoro.agent.trace import Status, Trace, Turn
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import MediaItem, Message, TokenSequence, ToolCall, tool_result, user
 from baltoro.chat.parse import Parsed, parse_completion
 from baltoro.chat.render import render, render_tool_results
+from baltoro.chat.schema import parse_arguments
 from baltoro.chat.tokenizer import Tokenizer
 
 
@@ -218,7 +219,7 @@ async def _run_call(call: ToolCall, context: CallContext, toolbox: dict[str, Too
     if tool is None:
         return ToolResult(error=f'there is no tool "{call.name}"')
     try:
-        arguments = parse_arguments(call.arguments, tool.spec)
+        arguments = parse_arguments(call.arguments, tool.spec.parameters)
     except ValueError as error:
         return ToolResult(error=str(error))
     try:

@@ -4,9 +4,9 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
-from baltoro.agent.engine import Completion, Engine, Sampling
+from baltoro.agent.engine import Completion, Engine, Sampled, Sampling
 from baltoro.agent.loop import derive_seed
 from baltoro.chat.messages import TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
@@ -43,6 +43,11 @@ class ScriptedEngine:
         ids = ids[: sampling.max_tokens]
         return Completion(ids, [0.0] * len(ids), "length" if cut else "stop", weight_version=0)
 
+    async def stream(self, prompt: TokenSequence, sampling: Sampling, role: str) -> AsyncGenerator[Sampled]:
+        for token in (await self.generate(prompt, sampling, role)).ids:
+            yield Sampled(token, 0.0)
+            await asyncio.sleep(0)
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in self._names.split(text):
@@ -68,7 +73,8 @@ def completion_text(
 
 
 class ChaosEngine:
-    """Delays every call by up to `max_delay_s` and lets a share of them fail with ConnectionError.
+    """Delays every call by up to `max_delay_s` and lets a share of them fail with ConnectionError; a stream that fails
+    does so after some of its tokens.
 
     Which calls fail, and by how much each is delayed, follows from `seed` and the call's sampling seed alone.
     """
@@ -80,8 +86,21 @@ class ChaosEngine:
         self._failure_rate = failure_rate
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
-        draw = random.Random(derive_seed(self._seed, sampling.seed))
-        await asyncio.sleep(draw.random() * self._max_delay_s)
-        if draw.random() < self._failure_rate:
+        _, fails = await self._befall(sampling)
+        if fails:
             raise ConnectionError("the engine did not answer")
         return await self._inner.generate(prompt, sampling, role)
+
+    async def stream(self, prompt: TokenSequence, sampling: Sampling, role: str) -> AsyncGenerator[Sampled]:
+        draw, fails = await self._befall(sampling)
+        completion = await self._inner.generate(prompt, sampling, role)
+        given = draw.randrange(len(completion.ids)) if fails else len(completion.ids)
+        for token, logprob in zip(completion.ids[:given], completion.logprobs[:given], strict=True):
+            yield Sampled(token, logprob)
+        if fails:
+            raise ConnectionError("the engine did not answer")
+
+    async def _befall(self, sampling: Sampling) -> tuple[random.Random, bool]:
+        draw = random.Random(derive_seed(self._seed, sampling.seed))
+        await asyncio.sleep(draw.random() * self._max_delay_s)
+        return draw, draw.random() < self._failure_rate

@@ -22,7 +22,7 @@ _UNION_MEMBERS = {"integer": "number", "object": "{}", "array": "Array<any>"}
 class _Scope:
     """What the references of one function may name, and whether one of them names the whole schema."""
 
-    definitions: dict[str, _Schema] = field(default_factory=dict[str, _Schema])
+    definitions: dict[str, _Schema | bool] = field(default_factory=dict[str, _Schema | bool])
     names_root: bool = False
 
 
@@ -45,7 +45,8 @@ def _function(tool: ToolSpec) -> str:
             lines.append(f"interface parameters {_braces(fields, '')}")
             argument = "parameters"
         for name, definition in list(scope.definitions.items()):
-            description = _comment({"description": definition.get("description", "")}, "")
+            description = "" if isinstance(definition, bool) else definition.get("description", "")
+            description = _comment({"description": description}, "")
             lines.append(f"{description}interface {name} {_type(definition, scope, '')}")
     except ValueError as error:
         raise ValueError(f"tool {tool.name}: {error}") from None

@@ -1,8 +1,9 @@
-"""From sampled ids back to a message (model.md sections 3.10, 11). Structure is read from control ids alone, so text
-that spells a marker stays text; what a model got wrong is reported, never raised."""
+"""From sampled ids back to a message, token by token (model.md sections 3.10, 11). Structure is read from control ids
+alone, so text that spells a marker stays text; what a model got wrong is reported, never raised."""
 
+import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from baltoro.chat.messages import Message, ToolCall, assistant
@@ -12,6 +13,46 @@ _CALL_ID = re.compile(r"[^<]+:[0-9]+")
 # Models write this word, which is no token, in place of <|tool_calls_section_begin|>.
 _STRAY_BEGIN = "<|tool_call_section_begin|>"
 _STRAY_END = "<|tool_call_section_end|>"
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    text: str
+
+
+@dataclass(frozen=True)
+class ContentDelta:
+    text: str
+
+
+@dataclass(frozen=True)
+class CallBegun:
+    """`id` as the model wrote it; `name` is the tool's."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ArgumentsDelta:
+    """Belongs to the call that began last."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallEnded:
+    """The call that began last is whole."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """What was wrong, in words that quote it. A call that has begun and not ended is void."""
+
+    error: str
+
+
+Event = ReasoningDelta | ContentDelta | CallBegun | ArgumentsDelta | CallEnded | Malformed
 
 
 @dataclass(frozen=True)
@@ -27,69 +68,155 @@ def parse_completion(ids: Sequence[int], tokenizer: Tokenizer, thinking: bool = 
 
     Arguments come back exactly as written: whether they are JSON and fit the schema is for the tool's caller.
     """
-    errors: list[str] = []
-    body = list(ids)
-    if tokenizer.im_end in body:
-        body = body[: body.index(tokenizer.im_end)]
-    else:
-        errors.append("the turn was cut off before <|im_end|>")
-
-    reasoning = ""
-    if thinking:
-        if tokenizer.end_think not in body:
-            return Parsed(assistant(reasoning=tokenizer.decode(body)), (*errors, "the reasoning has no </think>"))
-        cut = body.index(tokenizer.end_think)
-        reasoning, body = tokenizer.decode(body[:cut]), body[cut + 1 :]
-
-    content, section = _split_section(body, tokenizer)
-    calls = _read_section(section, tokenizer, errors)
-    return Parsed(assistant(content, reasoning=reasoning, tool_calls=tuple(calls)), tuple(errors))
+    parser = CompletionParser(tokenizer, thinking)
+    events = [event for token in ids for event in parser.feed(token)]
+    return fold([*events, *parser.finish()])
 
 
-def _split_section(body: list[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """Content, and the ids behind the marker that opens the tool section."""
-    markers = (tokenizer.tool_calls_section_begin, tokenizer.tool_call_begin)
-    start = next((i for i, token in enumerate(body) if token in markers), len(body))
-    content, section = tokenizer.decode(body[:start]), body[start:]
-    if section and section[0] == tokenizer.tool_calls_section_begin:
-        return content, section[1:]
-    if section and content.rstrip().endswith(_STRAY_BEGIN):
-        return content.rstrip().removesuffix(_STRAY_BEGIN), section
-    return content, section
-
-
-def _read_section(section: list[int], tokenizer: Tokenizer, errors: list[str]) -> list[ToolCall]:
+def fold(events: Iterable[Event]) -> Parsed:
+    """The message that the events of one turn tell."""
+    reasoning: list[str] = []
+    content: list[str] = []
     calls: list[ToolCall] = []
-    borders = (tokenizer.tool_call_begin, tokenizer.tool_call_end, tokenizer.tool_calls_section_end)
-    start = 0
-    while start < len(section):
-        end = next((i for i in range(start + 1, len(section)) if section[i] in borders), len(section))
-        piece = section[start:end]
-        if piece[0] == tokenizer.tool_call_begin:
-            closed = end < len(section) and section[end] == tokenizer.tool_call_end
-            call = _read_call(piece[1:], closed, tokenizer)
-            if isinstance(call, ToolCall):
-                calls.append(call)
-            else:
-                errors.append(call)
-        else:
-            outside = tokenizer.decode(piece[1:] if piece[0] in borders else piece).strip()
-            if outside not in ("", _STRAY_END):
-                errors.append(f"text outside a tool call in the tool section: {outside}")
-        start = end
-    return calls
+    errors: list[str] = []
+    begun = CallBegun("", "")
+    arguments: list[str] = []
+    for event in events:
+        match event:
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case ContentDelta(text):
+                content.append(text)
+            case CallBegun():
+                begun, arguments = event, []
+            case ArgumentsDelta(text):
+                arguments.append(text)
+            case CallEnded():
+                calls.append(ToolCall(begun.id, begun.name, "".join(arguments)))
+            case Malformed(error):
+                errors.append(error)
+    message = assistant("".join(content), reasoning="".join(reasoning), tool_calls=tuple(calls))
+    return Parsed(message, tuple(errors))
 
 
-def _read_call(piece: list[int], closed: bool, tokenizer: Tokenizer) -> ToolCall | str:
-    """One call from between its begin and end markers, or what is wrong with it."""
-    quoted = tokenizer.decode(piece)
-    if tokenizer.tool_call_argument_begin not in piece:
-        return f"a tool call has no arguments: {quoted}"
-    cut = piece.index(tokenizer.tool_call_argument_begin)
-    call_id = tokenizer.decode(piece[:cut]).strip()
-    if not _CALL_ID.fullmatch(call_id):
-        return f"a tool call's id is not of the form functions.name:index: {quoted}"
-    if not closed:
-        return f"a tool call was not closed: {quoted}"
-    name = call_id.removeprefix("functions.").rpartition(":")[0]
-    return ToolCall(call_id, name, tokenizer.decode(piece[cut + 1 :]))
+class CompletionParser:
+    """Fed every token that follows the generation prompt, it tells what each adds to the message.
+
+    Deltas end between characters, whatever bytes a token holds; bytes that are no UTF-8 become U+FFFD. Content is held
+    back only while it may turn out to be the word that models write for the begin of a tool section.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, thinking: bool = True) -> None:
+        """`thinking` says which of the two generation prompts it was."""
+        self._tokenizer = tokenizer
+        self._read = self._reasoning if thinking else self._content
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stray = ""  # the end of the content that is the stray word, or the beginning of it
+        self._blank: list[str] = []  # white space behind the whole stray word
+        # In the tool section: what stands since the last border, and how far it was understood as a call.
+        self._piece: list[int] = []
+        self._in_call = False
+        self._has_arguments = False
+        self._begun = False
+
+    def feed(self, token: int) -> list[Event]:
+        """What follows the end of the turn is not read."""
+        if token == self._tokenizer.im_end:
+            return self._end()
+        return self._read(token)
+
+    def finish(self) -> list[Event]:
+        """No more tokens will come. A turn without <|im_end|> was cut off."""
+        if self._read == self._nothing:
+            return []
+        return [*self._end(), Malformed("the turn was cut off before <|im_end|>")]
+
+    def _end(self) -> list[Event]:
+        read, self._read = self._read, self._nothing
+        if read == self._reasoning:
+            return [*_texts(ReasoningDelta, self._rest()), Malformed("the reasoning has no </think>")]
+        if read == self._content:
+            return _texts(ContentDelta, self._sure(self._rest()) + self._unsure())
+        return self._end_piece(closed=False) if read == self._section else []
+
+    def _nothing(self, token: int) -> list[Event]:
+        return []
+
+    def _reasoning(self, token: int) -> list[Event]:
+        if token == self._tokenizer.end_think:
+            self._read = self._content
+            return _texts(ReasoningDelta, self._rest())
+        return _texts(ReasoningDelta, self._decode(token))
+
+    def _content(self, token: int) -> list[Event]:
+        t = self._tokenizer
+        if token not in (t.tool_calls_section_begin, t.tool_call_begin):
+            return _texts(ContentDelta, self._sure(self._decode(token)))
+        self._read = self._section
+        self._in_call = token == t.tool_call_begin
+        text = self._sure(self._rest())
+        if self._in_call and self._stray == _STRAY_BEGIN:
+            return _texts(ContentDelta, text)
+        return _texts(ContentDelta, text + self._unsure())
+
+    def _section(self, token: int) -> list[Event]:
+        t = self._tokenizer
+        if token in (t.tool_call_begin, t.tool_call_end, t.tool_calls_section_end):
+            events = self._end_piece(closed=token == t.tool_call_end)
+            self._in_call = token == t.tool_call_begin
+            return events
+        if self._in_call and token == t.tool_call_argument_begin and not self._has_arguments:
+            self._has_arguments = True
+            call_id = t.decode(self._piece).strip()
+            self._piece.append(token)
+            self._begun = bool(_CALL_ID.fullmatch(call_id))
+            return [CallBegun(call_id, call_id.removeprefix("functions.").rpartition(":")[0])] if self._begun else []
+        self._piece.append(token)
+        return _texts(ArgumentsDelta, self._decode(token)) if self._begun else []
+
+    def _end_piece(self, closed: bool) -> list[Event]:
+        """A border of the tool section, or the end of the turn."""
+        quoted = self._tokenizer.decode(self._piece)
+        rest = self._rest()
+        in_call, has_arguments, begun = self._in_call, self._has_arguments, self._begun
+        self._piece, self._in_call, self._has_arguments, self._begun = [], False, False, False
+        if not in_call:
+            fine = quoted.strip() in ("", _STRAY_END)
+            return [] if fine else [Malformed(f"text outside a tool call in the tool section: {quoted.strip()}")]
+        if not has_arguments:
+            return [Malformed(f"a tool call has no arguments: {quoted}")]
+        if not begun:
+            return [Malformed(f"a tool call's id is not of the form functions.name:index: {quoted}")]
+        if not closed:
+            return [Malformed(f"a tool call was not closed: {quoted}")]
+        return [*_texts(ArgumentsDelta, rest), CallEnded()]
+
+    def _decode(self, token: int) -> str:
+        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+
+    def _rest(self) -> str:
+        """A character that was not completed, as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+    def _sure(self, text: str) -> str:
+        """What is content now that `text` has come; the rest is held back."""
+        if self._stray == _STRAY_BEGIN and not text.strip():
+            self._blank.append(text)
+            return ""
+        text = self._unsure() + text
+        whole = text.rstrip()
+        if whole.endswith(_STRAY_BEGIN):
+            self._stray, self._blank = _STRAY_BEGIN, [text[len(whole) :]]
+            return whole.removesuffix(_STRAY_BEGIN)
+        held = next((n for n in range(len(_STRAY_BEGIN) - 1, 0, -1) if text.endswith(_STRAY_BEGIN[:n])), 0)
+        self._stray = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _unsure(self) -> str:
+        text = self._stray + "".join(self._blank)
+        self._stray, self._blank = "", []
+        return text
+
+
+def _texts(kind: type[ReasoningDelta | ContentDelta | ArgumentsDelta], text: str) -> list[Event]:
+    return [kind(text)] if text else []

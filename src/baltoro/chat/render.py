@@ -18,6 +18,7 @@ def render(
     add_generation_prompt: bool = False,
     keep_reasoning: bool = True,
     thinking: bool = True,
+    max_tokens: int | None = None,
 ) -> TokenSequence:
     """The ids of a dialogue, each picture expanded to one <|media_pad|> per media token.
 
@@ -28,8 +29,10 @@ def render(
 
     The loss mask is 1 on what the model itself writes behind the generation prompt, <|im_end|> included. A turn that
     lost its reasoning is no target: the model did not write it so.
+
+    Raises TooLong as soon as there are more than `max_tokens`; what follows is neither decoded nor encoded.
     """
-    out = _Writer(tokenizer, media)
+    out = _Writer(tokenizer, media, max_tokens)
     if tools:
         out.header(tokenizer.im_system, "tool_declare")
         out.text(declare_tools(tools))
@@ -60,12 +63,17 @@ def render_tool_results(
     return out.sequence()
 
 
+class TooLong(ValueError):
+    """The dialogue has more tokens than were allowed."""
+
+
 class _Writer:
     """Collects ids. Adjacent text is encoded as one piece, as if the whole dialogue were one string."""
 
-    def __init__(self, tokenizer: Tokenizer, spec: MediaSpec) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: MediaSpec, max_tokens: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._spec = spec
+        self._max_tokens = max_tokens
         self._pending = ""
         self._target = 0
         self._out = TokenSequence()
@@ -82,6 +90,8 @@ class _Writer:
         self._out.ids.extend(ids + [token] * count)
         self._out.loss_mask.extend([self._target] * len(ids) + [target] * count)
         self._pending = ""
+        if self._max_tokens is not None and len(self._out.ids) > self._max_tokens:
+            raise TooLong(f"the dialogue has more than {self._max_tokens} tokens")
 
     def header(self, token: int, name: str) -> None:
         self.control(token)

@@ -1,0 +1,214 @@
+"""One choice of a chat completion: tokens from the engine become events, events become OpenAI's JSON.
+
+The streamed and the whole form are made of the same events, so they never differ.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from baltoro.agent.engine import Sampled, Sampling, StreamingEngine
+from baltoro.chat.messages import TokenSequence, ToolSpec
+from baltoro.chat.parse import (
+    ArgumentsDelta,
+    CallBegun,
+    CallEnded,
+    CompletionParser,
+    ContentDelta,
+    Event,
+    Malformed,
+    ReasoningDelta,
+    fold,
+)
+from baltoro.chat.schema import parse_arguments
+from baltoro.chat.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a request asks for. `samplings`: one for each choice. `calls`: how many tool calls it admits."""
+
+    prompt: TokenSequence
+    samplings: Sequence[Sampling]
+    tools: Sequence[ToolSpec]
+    thinking: bool
+    stops: Sequence[str]
+    calls: Literal["none", "one", "any"]
+    logprobs: bool
+    token_ids: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token and what it added. The last step has a finish reason and no token."""
+
+    sampled: tuple[Sampled, ...]
+    events: tuple[Event, ...]
+    finish: FinishReason | None = None
+
+
+async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: int, role: str) -> AsyncGenerator[Step]:
+    """The steps of choice `index`. Ends the engine's work where a stop string, or a call too many, ends the answer."""
+    parser = CompletionParser(tokenizer, job.thinking)
+    stop = _StopStrings(job.stops)
+    finish: FinishReason = "length"
+    called = False
+    async with aclosing(engine.stream(job.prompt, job.samplings[index], role)) as tokens:
+        async for sampled in tokens:
+            events: list[Event] = []
+            cut = False
+            for event in parser.feed(sampled.token):
+                if isinstance(event, CallBegun) and job.calls == "none":
+                    events.append(Malformed(f"a call of {event.name}, where tool_choice is none"))
+                    cut = True
+                    break
+                events += stop.feed(event)
+                called |= isinstance(event, CallEnded)
+                cut = stop.found or (called and job.calls == "one")
+                if cut:
+                    break
+            yield Step((sampled,), tuple(events))
+            if cut or sampled.token == tokenizer.im_end:
+                finish = "tool_calls" if called else "stop"
+                break
+    events = [] if stop.found else stop.rest()
+    if finish == "length":
+        # That the turn was cut off is what this reason says.
+        events += [event for event in parser.finish()[:-1] for event in stop.feed(event)]
+        events += stop.rest()
+    yield Step((), tuple(events), finish)
+
+
+class _StopStrings:
+    """Ends the content before the first stop string; what may be the beginning of one is held back. Reasoning and
+    arguments are not searched: cut there, they would be of no use."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def feed(self, event: Event) -> list[Event]:
+        if not isinstance(event, ContentDelta):
+            return [*self.rest(), event]
+        text = self._held + event.text
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        self.found = bool(places)
+        cut = min(places) if places else len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[cut:]
+        return [ContentDelta(text[:cut])] if cut else []
+
+    def rest(self) -> list[Event]:
+        text, self._held = self._held, ""
+        return [ContentDelta(text)] if text else []
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Choice:
+    """Writes the steps of one choice as JSON: `chunk` each of them, `whole` all of them."""
+
+    job: Job
+    tokenizer: Tokenizer
+    index: int
+    sampled: list[Sampled] = field(default_factory=list[Sampled])
+    events: list[Event] = field(default_factory=list[Event])
+    finish: FinishReason | None = None
+    opened: bool = False
+    _calls: int = 0
+
+    def add(self, step: Step) -> None:
+        self.sampled += step.sampled
+        self.events += step.events
+        self.finish = step.finish
+
+    def opening(self) -> dict[str, Any]:
+        self.opened = True
+        return {"index": self.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+
+    def chunk(self, step: Step) -> dict[str, Any] | None:
+        """None where a step has nothing to tell yet."""
+        self.add(step)
+        delta: dict[str, Any] = {}
+        for event in step.events:
+            self._extend(delta, event)
+        if step.finish and (errors := self._errors()):
+            delta["parse_errors"] = errors
+        described = self._described(step.sampled) if step.sampled else {}
+        if not (delta or described or step.finish):
+            return None
+        return {"index": self.index, "delta": delta, "finish_reason": step.finish, **described}
+
+    def whole(self) -> dict[str, Any]:
+        said = fold(self.events).message
+        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        if self.job.thinking:
+            message["reasoning_content"] = said.reasoning
+        if said.tool_calls:
+            message["content"] = said.text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.tool_calls
+            ]
+        if errors := self._errors():
+            message["parse_errors"] = errors
+        described = {"logprobs": None, **self._described(self.sampled)}
+        return {"index": self.index, "message": message, "finish_reason": self.finish, **described}
+
+    def _extend(self, delta: dict[str, Any], event: Event) -> None:
+        def call(function: dict[str, str], **head: str) -> None:
+            calls = delta.setdefault("tool_calls", [])
+            calls.append({"index": self._calls - 1, **head, "function": function})
+
+        match event:
+            case ReasoningDelta(text):
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + text
+            case ContentDelta(text):
+                delta["content"] = delta.get("content", "") + text
+            case CallBegun(call_id, name):
+                self._calls += 1
+                call({"name": name, "arguments": ""}, id=call_id, type="function")
+            case ArgumentsDelta(text):
+                call({"arguments": text})
+            case CallEnded() | Malformed():
+                pass
+
+    def _errors(self) -> list[str]:
+        """What the model got wrong: calls that could not be read, and arguments that do not fit the schema."""
+        parsed = fold(self.events)
+        errors = list(parsed.errors)
+        schemas = {tool.name: tool.parameters for tool in self.job.tools}
+        for call in parsed.message.tool_calls if schemas else ():
+            try:
+                if call.name not in schemas:
+                    raise ValueError(f'there is no tool "{call.name}"')
+                parse_arguments(call.arguments, schemas[call.name])
+            except ValueError as error:
+                errors.append(f"{call.id}: {error}")
+        return errors
+
+    def _described(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
+        """One entry for each token that was drawn, control tokens by name."""
+        fields: dict[str, Any] = {}
+        if self.job.logprobs:
+            pieces = [self.tokenizer.decode_bytes([s.token]) for s in sampled]
+            entries = [
+                {
+                    "token": piece.decode("utf-8", "replace"),
+                    "logprob": s.logprob,
+                    "bytes": list(piece),
+                    "top_logprobs": [],
+                }
+                for piece, s in zip(pieces, sampled, strict=True)
+            ]
+            fields["logprobs"] = {"content": entries, "refusal": None}
+        if self.job.token_ids:
+            fields["token_ids"] = [s.token for s in sampled]
+        return fields

@@ -1,0 +1,174 @@
+"""`baltoro serve` on checkpoints of random weights: the command itself, its signals, and what it loads."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import OpenAI
+
+from baltoro import config
+from baltoro.agent.engine import Sampling
+from baltoro.chat.messages import user
+from baltoro.chat.render import render
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.model.config import NANO, Yarn
+from baltoro.model.convert import save_release
+from baltoro.model.init import initialise
+from baltoro.model.kimi import KimiK25
+from baltoro.recipe import RecipeConfig, open_run
+from baltoro.serve.load import Loaded, ServeConfig, open_release
+from baltoro.serve.local import LocalEngine
+from baltoro.train.state import Progress, save_state
+
+T = Tokenizer({bytes([b]): b for b in range(256)})
+NANO_TOML = Path(__file__).parents[2] / "configs/nano.toml"
+
+
+@pytest.fixture(scope="module")
+def model() -> KimiK25:
+    """Nano with random weights, exact in bfloat16."""
+    yarn = Yarn(factor=4.0, original_max_position=512)
+    text = dataclasses.replace(NANO.text, vocab_size=T.vocab_size, yarn=yarn)
+    model = KimiK25(dataclasses.replace(NANO, text=text), T.media_pad)
+    initialise(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+@pytest.fixture(scope="module")
+def run_folder(model: KimiK25, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a recipe leaves: the stages sft and rl are finished, parl is not."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    (folder / "checkpoints").mkdir(parents=True)
+    settings = config.load(NANO_TOML, [f"folder={folder}"], RecipeConfig)
+    (folder / "config.json").write_text(json.dumps(config.dump(settings)))
+    (folder / "results.json").write_text(json.dumps({"stages": {"sft": {}, "rl": {}}}))
+    T.save(folder / "tokenizer.tiktoken")
+    save_state(folder / "checkpoints/rl.safetensors", model, None, Progress("rl", 1, 1.0, 1))
+    (folder / "checkpoints/parl.safetensors").write_bytes(b"")
+    return folder
+
+
+def _greedy(loaded: Loaded) -> tuple[list[int], list[float]]:
+    prompt = render([user("What is it?")], loaded.tokenizer, loaded.media, add_generation_prompt=True)
+    engine = LocalEngine({"m": loaded.model}, loaded.tokenizer, slots=1, max_len=256)
+
+    async def ask() -> tuple[list[int], list[float]]:
+        async with engine.run():
+            completion = await engine.generate(prompt, Sampling(24, temperature=0.0), "m")
+            return completion.ids, completion.logprobs
+
+    return asyncio.run(ask())
+
+
+def test_a_run_folder_and_the_released_layout_serve_the_same_model(
+    model: KimiK25, run_folder: Path, tmp_path: Path
+) -> None:
+    save_release(model, tmp_path, "bf16")
+    T.save(tmp_path / "tiktoken.model")
+    settings = ServeConfig(threads=1, dtype="float32")
+    run, release = open_run(run_folder, settings), open_release(tmp_path, settings)
+    assert (run.context, release.context) == (2048, 2048)
+    assert _greedy(run) == _greedy(release)
+    # Pictures of the recipe are smaller than the release's; patches are the tower's.
+    assert (run.media.patch_limit, release.media.patch_limit) == (256, 16384)
+    assert (release.media.patch_size, release.media.merge) == (8, 2)
+
+
+def test_a_folder_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path, model: KimiK25) -> None:
+    with pytest.raises(ValueError, match=r"has no checkpoint of vit; choose with stage= from: parl, rl$"):
+        open_run(run_folder, ServeConfig(stage="vit"))
+    with pytest.raises(ValueError, match=r"parl\.safetensors: truncated"):
+        open_run(run_folder, ServeConfig(stage="parl"))
+    save_release(model, tmp_path, "bf16")
+    Tokenizer({bytes([b]): b for b in range(256)} | {b"ab": 256}).save(tmp_path / "tiktoken.model")
+    with pytest.raises(ValueError, match=r"tiktoken\.model belongs to another model"):
+        open_release(tmp_path, ServeConfig())
+
+
+@contextlib.contextmanager
+def _command(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and the URL that it prints."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "baltoro.cli", "serve", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            yield process, line.removeprefix("listening on ").strip()
+        finally:
+            process.kill()
+
+
+def test_the_command_answers_and_drains(run_folder: Path) -> None:
+    settings = ["port=0", "threads=1", "slots=2", "context=2048", "dtype=float32"]
+    ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    with (
+        _command(str(run_folder), *settings, BALTORO_API_KEY="key") as (process, url),
+        OpenAI(base_url=url, api_key="key", max_retries=0) as client,
+    ):
+        assert [m.id for m in client.models.list()] == ["tiny"]
+        extra = {"return_token_ids": True}
+        once, again = (
+            client.chat.completions.create(**ask, max_tokens=12, seed=3, logprobs=True, extra_body=extra).model_dump()[
+                "choices"
+            ]
+            for _ in range(2)
+        )
+        assert once == again
+        assert len(once[0]["token_ids"]) == len(once[0]["logprobs"]["content"]) == 12
+
+        # Clients that leave: were they still served, two slots would be taken for a thousand tokens each.
+        left = [client.chat.completions.create(**ask, stream=True, temperature=0) for _ in range(4)]
+        for stream in left:
+            next(stream)
+            stream.close()
+        health = url.removesuffix("/v1") + "/health"
+        client.chat.completions.create(**ask, max_tokens=2)
+        with urllib.request.urlopen(health) as answer:
+            assert json.load(answer) == {"status": "ok", "running": 0}
+
+        stream = client.chat.completions.create(**ask, stream=True, max_tokens=150, seed=1)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)) as refused:
+            while True:  # until the signal has arrived
+                client.chat.completions.create(**ask, max_tokens=1)
+        assert isinstance(refused.value, openai.InternalServerError)
+        assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(health)
+        assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_a_port_that_is_taken_is_one_line(run_folder: Path) -> None:
+    with (
+        _command(str(run_folder), "port=0", "threads=1") as (_, url),
+        _command(str(run_folder), f"port={url.split(':')[2].removesuffix('/v1')}", "threads=1") as (second, nothing),
+    ):
+        assert second.wait(60) == 2
+        assert second.stderr is not None
+        assert second.stderr.read().startswith("baltoro: cannot listen on 127.0.0.1 port ")
+        assert nothing == ""
