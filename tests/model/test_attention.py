@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baltoro.model.attention import CachePlan, Segments, segment_attention
+from baltoro.model.attention import CachePlan
 from baltoro.model.config import NANO, TextConfig, Yarn
 from baltoro.model.decoder import Decoder
+from baltoro.model.packed import Segments, segment_attention
 
 SMALL = dataclasses.replace(
     NANO.text,

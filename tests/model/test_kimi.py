@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from baltoro.model.attention import Segments
 from baltoro.model.config import NANO
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 
 PAD = 7
 

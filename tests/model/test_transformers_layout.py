@@ -9,11 +9,11 @@ import torch
 from transformers import Kimi_K25ForConditionalGeneration
 from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
 
-from baltoro.model.attention import Segments
 from baltoro.model.config import NANO, Yarn
 from baltoro.model.convert import convert, save_release
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 from baltoro.model.release import load_release
 from baltoro.model.release_config import Release, transformers_json
 from baltoro.model.shards import read_checksums

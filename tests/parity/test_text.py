@@ -13,9 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from baltoro.model.attention import MLA, Segments
+from baltoro.model.attention import MLA
 from baltoro.model.config import TextConfig, Yarn
 from baltoro.model.decoder import CausalLM
+from baltoro.model.packed import Segments
 
 from . import oracle
 from .oracle import DTYPES, TOLERANCE

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baltoro.model.attention import Segments
 from baltoro.model.config import ModelConfig, TextConfig, VisionConfig, Yarn
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 from baltoro.model.vit import Grid, VisionTower
 
 from . import oracle

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from baltoro.chat.messages import TokenSequence
-from baltoro.model.attention import Segments
 from baltoro.model.config import NANO
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 from baltoro.optim.muon import MuonAdamW, MuonConfig
 from baltoro.rl.objective import ObjectiveConfig
 from baltoro.rl.update import Sample, update

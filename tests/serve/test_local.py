@@ -12,11 +12,12 @@ import torch
 from baltoro.agent.engine import Completion, Sampling
 from baltoro.chat.messages import MediaItem, TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.model.attention import CachePlan, Segments
+from baltoro.model.attention import CachePlan
 from baltoro.model.config import NANO
 from baltoro.model.decoder import Decoder
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 from baltoro.serve.local import LocalEngine
 
 TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from baltoro.chat.messages import TokenSequence
-from baltoro.model.attention import Segments
 from baltoro.model.config import NANO
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 from baltoro.train.losses import next_token_loss, siglip_loss
 from baltoro.train.packing import pack
 

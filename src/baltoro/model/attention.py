@@ -1,114 +1,18 @@
-"""Attention over packed sequences, and MLA.
+"""MLA over packed documents and over a cache.
 
-Shape legend: T packed tokens, H heads, D qk head dim (nope + rope), V value head dim, R kv_lora_rank.
+Shape legend: T packed tokens, H heads, R kv_lora_rank.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baltoro.model.config import TextConfig
 from baltoro.model.layers import Linear, RMSNorm
+from baltoro.model.packed import Segments, segment_attention
 from baltoro.model.rope import rotate, softmax_scale
-
-# Below this width explicit scores are faster than the CPU flash kernel (bf16, measured); above, memory decides.
-_EXPLICIT_WIDTH = 1024
-
-
-@dataclass(frozen=True)
-class SegmentGroup:
-    """Segments of similar length as one padded batch of shape (rows, width); `lengths` int64 [rows]."""
-
-    rows: int
-    width: int
-    lengths: Tensor
-    padded: bool
-
-
-class Segments:
-    """Which tokens of a packed sequence may see each other: contiguous segments that never attend across.
-
-    `index` int64 points from the places of all groups, one after another, into the packed sequence (padding repeats a
-    segment's last token); `inverse` int64 [total] points back.
-    """
-
-    def __init__(self, lengths: list[int], device: torch.device | None = None):
-        self.lengths = lengths
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        self.total = starts[-1]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        self.groups: list[SegmentGroup] = []
-        indices: list[Tensor] = []
-        inverse = torch.empty(self.total, dtype=torch.int64)
-        base = begin = 0
-        while begin < len(order):
-            shortest = lengths[order[begin]]
-            end = begin + 1
-            while end < len(order) and lengths[order[end]] <= max(1.4 * shortest, shortest + 8):
-                end += 1
-            members = order[begin:end]
-            rows, width = len(members), lengths[members[-1]]
-            size = torch.tensor([lengths[m] for m in members])
-            start = torch.tensor([starts[m] for m in members])
-            index = start[:, None] + torch.minimum(torch.arange(width)[None, :], size[:, None] - 1)
-            valid = torch.arange(width)[None, :] < size[:, None]
-            inverse[index[valid]] = torch.arange(base, base + rows * width).view(rows, width)[valid]
-            indices.append(index.flatten())
-            self.groups.append(SegmentGroup(rows, width, size.to(device), bool((size != width).any())))
-            base += rows * width
-            begin = end
-        self.index = torch.cat(indices).to(device)
-        self.inverse = inverse.to(device)
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-
-
-def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float, max_logits: Tensor | None = None
-) -> Tensor:
-    """q, k [T, H, D], v [T, H, V] -> [T, H, V]. `max_logits` [H] is raised in place to the largest visible logit."""
-    outputs: list[Tensor] = []
-    sizes = [group.rows * group.width for group in segments.groups]
-    # One gather for all groups: its backward is one scatter, where one per group would each fill a whole gradient.
-    gathered = zip(*(x.index_select(0, segments.index).split(sizes) for x in (q, k, v)), strict=True)
-    for group, parts in zip(segments.groups, gathered, strict=True):
-        rows, width = group.rows, group.width
-        gq, gk, gv = (x.view(rows, width, *x.shape[1:]).transpose(1, 2) for x in parts)
-        hidden = None
-        if causal:
-            # Padding stands at the end, so the causal mask already hides it from every real token.
-            hidden = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
-        elif group.padded:
-            hidden = (torch.arange(width, device=q.device)[None, :] >= group.lengths[:, None])[:, None, None, :]
-        if width <= _EXPLICIT_WIDTH and q.device.type == "cpu":
-            scores = (gq * scale) @ gk.transpose(-1, -2)
-            if hidden is not None:
-                scores = scores.masked_fill(hidden, float("-inf"))
-            if max_logits is not None:
-                torch.maximum(max_logits, scores.detach().amax(dim=(0, 2, 3)).to(max_logits.dtype), out=max_logits)
-            out = scores.softmax(-1) @ gv
-        else:
-            if max_logits is not None:
-                _raise_max_logits(max_logits, gq, gk, hidden, scale)
-            mask = None if causal or hidden is None else ~hidden
-            out = F.scaled_dot_product_attention(gq, gk, gv, attn_mask=mask, is_causal=causal, scale=scale)
-        outputs.append(out.transpose(1, 2).reshape(rows * width, *v.shape[1:]))
-    return torch.cat(outputs).index_select(0, segments.inverse)
-
-
-@torch.no_grad()
-def _raise_max_logits(max_logits: Tensor, q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> None:
-    """The same record in query chunks, for widths at which the full score matrix is not wanted."""
-    for begin in range(0, q.shape[2], 256):
-        scores = (q[:, :, begin : begin + 256] * scale) @ k.transpose(-1, -2)
-        if hidden is not None:
-            rows = hidden[begin : begin + 256] if hidden.dim() == 2 else hidden
-            scores = scores.masked_fill(rows, float("-inf"))
-        torch.maximum(max_logits, scores.amax(dim=(0, 2, 3)).to(max_logits.dtype), out=max_logits)
 
 
 class MLA(nn.Module):

@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 
-from baltoro.model.attention import MLA, CachePlan, Segments
+from baltoro.model.attention import MLA, CachePlan
 from baltoro.model.config import TextConfig
 from baltoro.model.layers import Linear, RMSNorm, SwiGLU
 from baltoro.model.moe import MoE
+from baltoro.model.packed import Segments
 from baltoro.model.rope import cos_sin, inverse_frequencies
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baltoro.model.attention import Segments
 from baltoro.model.config import ModelConfig
 from baltoro.model.decoder import CausalLM
 from baltoro.model.moe import Experts, Router
+from baltoro.model.packed import Segments
 from baltoro.model.vit import Grid, Projector, VisionTower
 
 

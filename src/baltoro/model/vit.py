@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baltoro.model.attention import Segments, segment_attention
 from baltoro.model.config import VisionConfig
 from baltoro.model.layers import LayerNorm, Linear, wide
+from baltoro.model.packed import Segments, segment_attention
 from baltoro.model.rope import rotate
 
 Grid = tuple[int, int, int]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from baltoro.chat.messages import TokenSequence
-from baltoro.model.attention import Segments
 from baltoro.model.kimi import Batch
+from baltoro.model.packed import Segments
 
 
 @dataclass(frozen=True)
