@@ -70,9 +70,27 @@ def test_segments_attend_within_themselves(lengths: list[int], causal: bool) -> 
     torch.testing.assert_close(top.double(), torch.stack([m for _, m in parts]).amax(0), atol=1e-5, rtol=1e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.booleans(), st.integers(0, 99))
+def test_gradients_are_those_of_the_plain_formula(lengths: list[int], causal: bool, seed: int) -> None:
+    """In float64, by autograd through softmax(q k^T) v with one mask over everything."""
+    total = sum(lengths)
+    inputs = [_randn(seed + i, total, 2, width).double().requires_grad_() for i, width in enumerate((6, 6, 4))]
+    weight = _randn(seed + 9, total, 2, 4).double()
+    out = segment_attention(*inputs, Segments(lengths), causal=causal, scale=0.7)
+    ours = torch.autograd.grad((out * weight).sum(), inputs)
+    owner = torch.repeat_interleave(torch.tensor(lengths))
+    hidden = owner[:, None] != owner
+    if causal:
+        hidden |= torch.ones(total, total, dtype=torch.bool).triu(1)
+    logits = torch.einsum("ihd,jhd->hij", inputs[0], inputs[1]) * 0.7
+    plain = torch.einsum("hij,jhv->ihv", logits.masked_fill(hidden, float("-inf")).softmax(-1), inputs[2])
+    for got, wanted in zip(ours, torch.autograd.grad((plain * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_wide_segments_agree_with_narrow_arithmetic(causal: bool) -> None:
-    # Beyond 1024 tokens another kernel does the work and max_logits is recorded in chunks; 1030 and 1100 share a batch.
     lengths = [1030, 1100]
     q, k, v = _randn(1, 2130, 1, 4), _randn(2, 2130, 1, 4), _randn(3, 2130, 1, 4)
     top = torch.full((1,), float("-inf"))

@@ -9,7 +9,7 @@ from baltoro.model.config import NANO
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
 from baltoro.model.packed import Segments
-from baltoro.train.losses import next_token_loss, siglip_loss
+from baltoro.train.losses import head_cross_entropy, next_token_loss, siglip_loss
 from baltoro.train.packing import pack
 
 
@@ -45,3 +45,25 @@ def test_next_token_loss_is_the_mean_over_marked_tokens_of_every_document_alone(
                 losses.append(-math.log(float(probabilities[i - 1, s.ids[i]])))
     assert len(losses) == 6
     assert float(next_token_loss(model, pack(sequences, 8))) == pytest.approx(sum(losses) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 1024, 2500])
+def test_head_cross_entropy_is_the_plain_one_with_its_gradients(rows: int) -> None:
+    """In float64, below, at and beyond the rows of one block; the loss is scaled, as by a mean over micro-batches."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(11, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randint(11, (rows,), generator=generator)
+    results: list[tuple[torch.Tensor, ...]] = []
+    for loss in (
+        lambda h, w: head_cross_entropy(h, w, targets),
+        lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, targets),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(h, w)
+        (value * 0.3).backward()
+        assert h.grad is not None
+        assert w.grad is not None
+        results.append((value.detach(), h.grad, w.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)
