@@ -77,7 +77,8 @@ def test_gradients_are_those_of_the_plain_formula(lengths: list[int], causal: bo
     total = sum(lengths)
     inputs = [_randn(seed + i, total, 2, width).double().requires_grad_() for i, width in enumerate((6, 6, 4))]
     weight = _randn(seed + 9, total, 2, 4).double()
-    out = segment_attention(*inputs, Segments(lengths), causal=causal, scale=0.7)
+    q, k, v = inputs
+    out = segment_attention(q, k, v, Segments(lengths), causal=causal, scale=0.7)
     ours = torch.autograd.grad((out * weight).sum(), inputs)
     owner = torch.repeat_interleave(torch.tensor(lengths))
     hidden = owner[:, None] != owner

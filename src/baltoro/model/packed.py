@@ -149,7 +149,9 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in saved)
         q, k, v, grad, dq_, dk_, dv_ = (x.transpose(0, 1) for x in (*saved, gradients[0], dq, dk, dv))
