@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from baltoro import cli
 from baltoro.model.config import NANO, ModelConfig
@@ -114,9 +115,10 @@ def test_there_and_back_is_the_same_file_by_every_way(bf16: Path, tmp_path: Path
 
 
 def test_a_larger_checkpoint_than_memory_is_converted_killed_half_way_and_resumed(tmp_path: Path) -> None:
-    """RLIMIT_DATA allows the whole process, Python and torch included, 300 MiB; the checkpoint has 408 MB."""
+    """RLIMIT_DATA allows the whole process, Python and torch included, 300 MiB; the checkpoint has 460 MB, and one
+    tensor of 134 MB would not fit beside them."""
     text = dataclasses.replace(
-        NANO.text, hidden_size=512, moe_intermediate_size=512, n_routed_experts=48, num_layers=6, vocab_size=8192
+        NANO.text, hidden_size=512, moe_intermediate_size=512, n_routed_experts=24, num_layers=6, vocab_size=131072
     )
     with torch.device("meta"):
         model = KimiK25(ModelConfig(text, NANO.vision), media_pad=1000)
@@ -128,7 +130,7 @@ def test_a_larger_checkpoint_than_memory_is_converted_killed_half_way_and_resume
     save_release(model, source, "bf16")
     del model
     limit = 300 * 2**20
-    assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 1.25 * limit
+    assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 1.4 * limit
 
     command = [sys.executable, "-m", "baltoro.cli", "convert", str(source), str(target), "--to", "int4"]
 
@@ -163,7 +165,7 @@ def test_a_larger_checkpoint_than_memory_is_converted_killed_half_way_and_resume
     for name, shape in old.shapes.items():
         if ".experts." not in name:
             assert torch.equal(new.read(name, 0, shape[0]), old.read(name, 0, shape[0])), name
-        elif ".experts.7." in name or ".experts.47." in name:
+        elif ".experts.7." in name or ".experts.23." in name:
             # Normal noise: the largest of 32 is some 2 to 4, half a scale some 0.2.
             error = (new.read(name, 0, shape[0]) - old.read(name, 0, shape[0])).abs().max()
             assert 0.05 < error < 0.5, name
@@ -224,6 +226,9 @@ def test_what_cannot_be_converted_is_one_line(source: Path, tmp_path: Path, caps
     (source / "model.safetensors.index.json").unlink()
     assert "the tensor language_model.model.layers.3." in _fails(words, capsys)
     file.write_bytes(whole)
+    save_file({"model.mtp.weight": torch.ones(2)}, source / "extra.safetensors")
+    assert "extra.safetensors: model.mtp.weight is no part of this model" in _fails(words, capsys)
+    (source / "extra.safetensors").unlink()
 
     config = json.loads((source / "config.json").read_text())
     for name, value, says in [

@@ -77,6 +77,15 @@ def test_every_weight_is_kept_within_half_a_scale(weight: np.ndarray, rounded: b
     assert (error <= scale.double()[..., None] / 2).all()
 
 
+@given(st.integers(0, 2**32), st.integers(-100, 100), st.booleans())
+def test_so_is_every_weight_of_a_group_without_a_grid(seed: int, exponent: int, rounded: bool) -> None:
+    w = torch.randn(8, 128, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    w = w.bfloat16() if rounded else w
+    q, scale = quantise(w)
+    error = (w.double() - dequantise(q, scale).double()).abs().unflatten(-1, (-1, GROUP))
+    assert (error <= scale.double()[..., None] / 2).all()
+
+
 def test_normal_weights_lose_less_than_by_the_minmax_observer() -> None:
     """Root mean square error on normal weights, against scale = largest magnitude / 7.5 with clipping."""
     w = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
@@ -84,11 +93,13 @@ def test_normal_weights_lose_less_than_by_the_minmax_observer() -> None:
     groups = w.unflatten(-1, (-1, GROUP))
     scale = (groups.abs().amax(-1, keepdim=True) / 7.5).bfloat16().float()
     minmax = (groups - (groups / scale).round().clamp(-8, 7) * scale).square().mean()
-    assert ours < minmax
+    assert ours < 0.95 * minmax
 
 
 def test_zeros_stay_zeros() -> None:
-    assert torch.equal(dequantise(*quantise(torch.zeros(2, 32))), torch.zeros(2, 32))
+    q, scale = quantise(torch.zeros(2, 32))
+    assert not q.any()
+    assert (scale == 2.0**-126).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -19,15 +19,17 @@ TENSORS = {
 STORED = {name: Stored(t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
 
 
-def _write(path: Path) -> None:
-    with ShardWriter(path, STORED) as writer:
+def _write(path: Path, prefix: str = "") -> None:
+    with ShardWriter(path, {prefix + name: stored for name, stored in STORED.items()}) as writer:
         for name, tensor in reversed(TENSORS.items()):
-            writer.put(name, tensor)
+            writer.put(prefix + name, tensor)
 
 
-def test_a_file_is_byte_for_byte_that_of_the_safetensors_package(tmp_path: Path) -> None:
-    _write(tmp_path / "ours.safetensors")
-    save_file(TENSORS, tmp_path / "theirs.safetensors")
+@pytest.mark.parametrize("length", range(8))
+def test_a_file_is_byte_for_byte_that_of_the_safetensors_package(length: int, tmp_path: Path) -> None:
+    prefix = "p" * length
+    _write(tmp_path / "ours.safetensors", prefix)
+    save_file({prefix + name: tensor for name, tensor in TENSORS.items()}, tmp_path / "theirs.safetensors")
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
