@@ -23,6 +23,7 @@ from baltoro.model.init import initialise
 from baltoro.model.kimi import KimiK25
 from baltoro.model.moe import Experts
 from baltoro.serve.local import LocalEngine
+from baltoro.train.machine import prepare_machine
 
 TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
 MID = dataclasses.replace(
@@ -150,7 +151,7 @@ def run_peer(
     stamps: list[float] = []
 
     class Clock(transformers.LogitsProcessor):
-        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             stamps.append(time.perf_counter())
             return scores
 
@@ -172,6 +173,8 @@ def run_peer(
 
 
 def main() -> None:
+    prepare_machine(torch.get_num_threads(), "float32")
+    torch.use_deterministic_algorithms(False)  # the peer does without, too
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     models = {"nano": build(NANO.text), "mid": build(MID)}

@@ -77,7 +77,7 @@ class MLA(nn.Module):
             .view(c.num_heads, -1, c.kv_lora_rank)
             .split((c.qk_nope_head_dim, c.v_head_dim), 1)
         )
-        q = torch.cat((torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1), q_rope), -1) * self.scale
+        q = torch.cat((torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1), q_rope), -1).mul_(self.scale)
         mixed = x.new_empty(len(x), c.num_heads, c.kv_lora_rank)
         for tile in plan.tiles:
             seen = cache.index_select(0, tile.pages).view(tile.rows, -1, cache.shape[-1])[:, : tile.seen]
