@@ -28,7 +28,7 @@ PAD, STOP = TOKENIZER.media_pad, TOKENIZER.im_end
 def _model(seed: int, stops: float = 0.0, dtype: torch.dtype = torch.float32) -> KimiK25:
     """`stops` makes the stop token likely: all embeddings share a direction, and the stop token's head points there."""
     text = dataclasses.replace(
-        NANO.text, vocab_size=TOKENIZER.vocab_size, hidden_size=48, num_layers=2, initializer_range=0.1
+        NANO.text, vocab_size=TOKENIZER.vocab_size, hidden_size=48, kv_lora_rank=96, num_layers=2, initializer_range=0.1
     )
     vision = dataclasses.replace(NANO.vision, num_layers=1, hidden_size=32, intermediate_size=32)
     model = KimiK25(dataclasses.replace(NANO, text=text, vision=vision), PAD, dtype)
