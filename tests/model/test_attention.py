@@ -117,10 +117,11 @@ def test_cached_chunks_equal_the_full_forward(lengths: list[int], seed: int, lor
     full = decoder(x, Segments(lengths))
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     rng = random.Random(seed)
-    slots = rng.sample(range(8), len(lengths))
+    page = rng.choice([1, 3, 16])
+    tables = torch.tensor(rng.sample(range(200), 5 * (-(-40 // page)) if page > 1 else 200)).view(5, -1)
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    # Old contents of a slot must not matter, so the cache begins as noise.
-    cache = [_randn(seed + i, 8, 48, width) for i in range(config.num_layers)]
+    # Old contents of a page must not matter, so the cache begins as noise.
+    cache = [_randn(seed + i, 200, page, width) for i in range(config.num_layers)]
     done = [0] * len(lengths)
     got = torch.full_like(full, float("nan"))
     while done != lengths:
@@ -130,7 +131,8 @@ def test_cached_chunks_equal_the_full_forward(lengths: list[int], seed: int, lor
             continue
         spans = [(i, done[i], rng.randint(done[i] + 1, min(lengths[i], done[i] + 12))) for i in going]
         new = torch.cat([torch.arange(starts[i] + a, starts[i] + b) for i, a, b in spans])
-        got[new] = decoder.extend(x[new], cache, CachePlan([(slots[i], a, b) for i, a, b in spans]))
+        plan = CachePlan([(a, b) for _, a, b in spans], tables[[i for i, _, _ in spans]], page, config, x.device)
+        got[new] = decoder.extend(x[new], cache, plan)
         for i, _, b in spans:
             done[i] = b
     torch.testing.assert_close(got, full, atol=5e-5, rtol=1e-4)

@@ -19,7 +19,7 @@ def test_k25_scale_and_correction_range() -> None:
 def test_yarn_keeps_fast_frequencies_and_divides_slow_ones() -> None:
     stretched = inverse_frequencies(K25.text)
     plain = inverse_frequencies(dataclasses.replace(K25.text, yarn=None))
-    torch.testing.assert_close(plain, torch.tensor([50000.0 ** (-2 * i / 64) for i in range(32)]))
+    torch.testing.assert_close(plain, torch.tensor([50000.0 ** (-2 * i / 64) for i in range(32)], dtype=torch.float64))
     assert torch.equal(stretched[:9], plain[:9])
     torch.testing.assert_close(stretched[20:], plain[20:] / 64)
     # Half way of the ramp, index 14: the mean of the frequency and its 64th part.
@@ -30,7 +30,7 @@ def test_rotation_is_a_complex_product_of_adjacent_channels() -> None:
     x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     frequencies = torch.tensor([1.0, 0.3, 0.05, 0.01])
     positions = torch.tensor([0, 1, 2, 7, 4000])
-    cos, sin = cos_sin(positions, frequencies)
+    cos, sin = cos_sin(positions, frequencies, x.dtype)
     turned = rotate(x, cos, sin)
     for t, position in enumerate(positions.tolist()):
         for h in range(3):

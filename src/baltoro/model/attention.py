@@ -3,6 +3,7 @@
 Shape legend: T packed tokens, H heads, D qk head dim (nope + rope), V value head dim, R kv_lora_rank.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,7 @@ def segment_attention(
             if hidden is not None:
                 scores = scores.masked_fill(hidden, float("-inf"))
             if max_logits is not None:
-                torch.maximum(max_logits, scores.detach().amax(dim=(0, 2, 3)).float(), out=max_logits)
+                torch.maximum(max_logits, scores.detach().amax(dim=(0, 2, 3)).to(max_logits.dtype), out=max_logits)
             out = scores.softmax(-1) @ gv
         else:
             if max_logits is not None:
@@ -107,7 +108,7 @@ def _raise_max_logits(max_logits: Tensor, q: Tensor, k: Tensor, hidden: Tensor |
         if hidden is not None:
             rows = hidden[begin : begin + 256] if hidden.dim() == 2 else hidden
             scores = scores.masked_fill(rows, float("-inf"))
-        torch.maximum(max_logits, scores.amax(dim=(0, 2, 3)).float(), out=max_logits)
+        torch.maximum(max_logits, scores.amax(dim=(0, 2, 3)).to(max_logits.dtype), out=max_logits)
 
 
 class MLA(nn.Module):
@@ -162,62 +163,106 @@ class MLA(nn.Module):
 
     def extend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, plan: "CachePlan") -> Tensor:
         """New tokens against cached latents, with kv_b absorbed into query and output, so that the cache is never
-        decompressed. x [T, dim] packed new tokens; cache [slots, max_len, R + rope], written at the tokens' places.
-        Returns [T, dim]."""
+        decompressed. x [T, dim] packed new tokens; cache [pages, page, R + rope], written at the tokens' places.
+        Returns [T, dim]. No gradients."""
         c = self.config
-        cache[plan.slots, plan.positions] = self.latents(x, cos, sin).to(cache.dtype)
+        cache.view(-1, cache.shape[-1]).index_copy_(0, plan.places, self.latents(x, cos, sin))
         q_nope, q_rope = self.queries(x, cos, sin)
         up_k, up_v = (
             self.kv_b_proj.weight.to(x.dtype)
             .view(c.num_heads, -1, c.kv_lora_rank)
             .split((c.qk_nope_head_dim, c.v_head_dim), 1)
         )
-        q = torch.cat((torch.einsum("thd,hdr->thr", q_nope, up_k), q_rope), -1) * self.scale
-        mixed = torch.empty(len(x), c.num_heads, c.kv_lora_rank, dtype=x.dtype, device=x.device)
-        for group in plan.groups:
-            rows, width = group.tokens.shape
-            seen = cache[group.slots, : group.width]
-            gq = q[group.tokens].transpose(1, 2).reshape(rows, c.num_heads * width, -1)
-            scores = (gq @ seen.transpose(1, 2)).view(rows, c.num_heads, width, -1)
-            weights = scores.masked_fill(group.hidden[:, None], float("-inf")).softmax(-1).flatten(1, 2)
-            out = (weights @ seen[..., : c.kv_lora_rank]).view(rows, c.num_heads, width, -1).transpose(1, 2)
-            mixed[group.tokens[group.valid]] = out[group.valid]
-        return self.o_proj(torch.einsum("thr,hvr->thv", mixed, up_v).flatten(-2))
+        q = torch.cat((torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1), q_rope), -1).mul_(self.scale)
+        mixed = x.new_empty(len(x), c.num_heads, c.kv_lora_rank)
+        for tile in plan.tiles:
+            seen = cache.index_select(0, tile.pages).view(tile.rows, -1, cache.shape[-1])[:, : tile.seen]
+            scores = torch.bmm(q[tile.tokens].view(tile.rows, -1, q.shape[-1]), seen.transpose(1, 2))
+            if tile.hidden is not None:
+                tail = scores.view(tile.rows, -1, c.num_heads, tile.seen)[..., -tile.hidden.shape[-1] :]
+                tail.masked_fill_(tile.hidden, float("-inf"))
+            out = mixed[tile.tokens].view(tile.rows, -1, c.kv_lora_rank)
+            torch.bmm(scores.softmax(-1), seen[..., : c.kv_lora_rank], out=out)
+        return self.o_proj(torch.bmm(mixed.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1).flatten(1))
+
+
+# Most new tokens of one sequence in a tile: later ones see more, so larger tiles score more that is masked.
+_PIECE = 64
+
+
+def _tile_numbers(device: torch.device) -> int:
+    """How many numbers of cache and scores a tile may hold: what stays in a CPU's cache between its operations; on
+    accelerators only memory bounds it."""
+    return 2**18 if device.type == "cpu" else 2**26
 
 
 @dataclass(frozen=True)
-class CacheGroup:
-    """Sequences of similar shape: `tokens` int64 [rows, width] index the packed new tokens (padding repeats the last),
-    `valid` marks the real ones; `hidden` bool [rows, width, seen] is True where a cached place must not be seen."""
+class CacheTile:
+    """Equally many new tokens of each of `rows` sequences, which stand together in the packed order at `tokens`.
 
-    slots: Tensor
-    tokens: Tensor
-    valid: Tensor
-    hidden: Tensor
-    width: int
+    pages int64 [rows * n]: the sequences' first n pages, where n pages hold the longest. seen: how many cached tokens
+    the longest one has. hidden bool [rows, new, 1, s] is True where one of the last s seen tokens must not be seen; the
+    tokens before them are visible to all. None where that is every token.
+    """
+
+    tokens: slice
+    rows: int
+    pages: Tensor
+    seen: int
+    hidden: Tensor | None
 
 
 class CachePlan:
-    """Where each packed new token lives in the cache: `slots`, `positions` int64 [T]."""
+    """Where packed new tokens stand (`positions` int64 [T]), where their latents go (`places` int64 [T], counted
+    through all pages), and in which tiles they attend."""
 
-    def __init__(self, spans: list[tuple[int, int, int]]):
-        """spans: (slot, first position, end position) of each sequence's new tokens, in packed order."""
-        self.slots = torch.tensor([slot for slot, a, b in spans for _ in range(a, b)])
-        self.positions = torch.tensor([p for _, a, b in spans for p in range(a, b)])
-        buckets: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
-        start = 0
-        for slot, a, b in spans:
-            # Powers of two (of the new tokens and of the whole length) bound the padding to a factor of two.
-            buckets.setdefault(((b - a - 1).bit_length(), (b - 1).bit_length()), []).append((start, slot, a, b))
-            start += b - a
-        self.groups: list[CacheGroup] = []
-        for members in buckets.values():
-            width = max(b - a for _, _, a, b in members)
-            seen = max(b for _, _, _, b in members)
-            first = torch.tensor([m[0] for m in members])[:, None]
-            count = torch.tensor([b - a for _, _, a, b in members])[:, None]
-            begin = torch.tensor([a for _, _, a, _ in members])[:, None]
-            offset = torch.minimum(torch.arange(width)[None, :], count - 1)
-            hidden = torch.arange(seen)[None, None, :] > (begin + offset)[:, :, None]
-            slots = torch.tensor([m[1] for m in members])
-            self.groups.append(CacheGroup(slots, first + offset, torch.arange(width)[None, :] < count, hidden, seen))
+    def __init__(
+        self, spans: list[tuple[int, int]], tables: Tensor, page: int, config: TextConfig, device: torch.device
+    ):
+        """spans: first and end position of each sequence's new tokens, in packed order; sequences of similar shape
+        should be neighbours, for only neighbours share a tile. tables int64 [sequences, pages] on the CPU: the page
+        numbers of each sequence, and any page where it has no more."""
+        begin, end = torch.tensor(spans).unbind(1)
+        count = end - begin
+        row = torch.repeat_interleave(count)
+        positions = torch.arange(len(row)) + (begin + count - count.cumsum(0))[row]
+        self.positions = positions.to(device)
+        self.places = (tables[row, positions // page] * page + positions % page).to(device)
+        self.tiles: list[CacheTile] = []
+        largest = _tile_numbers(device)
+        members: list[tuple[int, int, int]] = []
+        longest = total = at = 0
+        for piece in _pieces(spans):
+            _, a, b = piece
+            new = b - a
+            if members:
+                width, rows, seen = members[0][2] - members[0][1], len(members) + 1, max(longest, b)
+                numbers = rows * seen * (config.kv_lora_rank + config.qk_rope_head_dim + config.num_heads * new)
+                # Padding to the longest may cost a quarter of the work, or about what one more tile costs.
+                if new != width or numbers > largest or rows * seen > 1.25 * (total + b) + 1024:
+                    at = self._close(members, at, tables, page, device)
+                    members, longest, total = [], 0, 0
+            members.append(piece)
+            longest, total = max(longest, b), total + b
+        self._close(members, at, tables, page, device)
+
+    def _close(
+        self, members: list[tuple[int, int, int]], at: int, tables: Tensor, page: int, device: torch.device
+    ) -> int:
+        rows, new = len(members), members[0][2] - members[0][1]
+        sequence, begin, end = torch.tensor(members).unbind(1)
+        seen, first = int(end.max()), int(begin.min()) + 1
+        hidden = None
+        if first < seen:
+            last = begin[:, None] + torch.arange(new)
+            hidden = (torch.arange(first, seen) > last[:, :, None, None]).to(device)
+        pages = tables[sequence, : -(-seen // page)].flatten().to(device)
+        self.tiles.append(CacheTile(slice(at, at + rows * new), rows, pages, seen, hidden))
+        return at + rows * new
+
+
+def _pieces(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(sequence, first, end position) of at most _PIECE new tokens each."""
+    for i, (a, b) in enumerate(spans):
+        for start in range(a, b, _PIECE):
+            yield i, start, min(start + _PIECE, b)

@@ -40,15 +40,15 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """x [T, dim] embeddings of packed documents -> normed states [T, dim]."""
-        cos, sin = cos_sin(segments.positions, self.inv_freq)
+        cos, sin = cos_sin(segments.positions, self.inv_freq, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, segments)
         return self.norm(x)
 
     def extend(self, x: Tensor, cache: list[Tensor], plan: CachePlan) -> Tensor:
         """x [T, dim] embeddings of new tokens of several sequences -> normed states [T, dim]; `cache` holds per layer
-        [slots, max_len, R + rope] and is extended in place."""
-        cos, sin = cos_sin(plan.positions, self.inv_freq)
+        [pages, page, R + rope] and is extended in place."""
+        cos, sin = cos_sin(plan.positions, self.inv_freq, x.dtype)
         for layer, kept in zip(self.layers, cache, strict=True):
             assert isinstance(layer, DecoderLayer)
             x = layer.extend(x, cos, sin, kept, plan)

@@ -6,6 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Where norms, rotations and routing are computed: in float32 at least, in float64 if that is asked for."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Linear(nn.Linear):
     """y = x W^T (+ b) in the dtype of x."""
 
@@ -18,7 +23,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32."""
+    """Root-mean-square norm, computed in the wide dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -26,12 +31,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
+        dtype = wide(x.dtype)
+        return F.rms_norm(x.to(dtype), (x.shape[-1],), self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
+        dtype = wide(input.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
 class SwiGLU(nn.Module):

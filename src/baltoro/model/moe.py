@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baltoro.model.config import TextConfig
-from baltoro.model.layers import SwiGLU
+from baltoro.model.layers import SwiGLU, wide
 
 
 class Router(nn.Module):
-    """Scores in float32; experts are chosen by score + bias, weighted by the score alone."""
+    """Scores in the wide dtype; experts are chosen by score + bias, weighted by the score alone."""
 
     e_score_correction_bias: Tensor
     load: Tensor
@@ -23,8 +23,9 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, dim] -> expert ids int64 [T, K] and weights float32 [T, K]."""
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        """x [T, dim] -> expert ids int64 [T, K] and weights [T, K] in the wide dtype."""
+        dtype = wide(x.dtype)
+        scores = F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
         chosen = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
@@ -40,6 +41,14 @@ class Router(nn.Module):
         self.load.zero_()
 
 
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x [rows, in] up to each of `ends` (int32 [n], cumulative) times their matrix of weights [n, in, out]."""
+    if x.dtype == torch.float64:  # PyTorch has no such kernel
+        parts = x.tensor_split(ends[:-1].tolist())
+        return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+    return F.grouped_mm(x, weights, offs=ends)
+
+
 class Experts(nn.Module):
     """All routed experts as three stacks, applied by grouped matrix products to tokens sorted by expert."""
 
@@ -53,8 +62,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [rows, dim] sorted by expert, ends int32 [experts] cumulative row counts -> [rows, dim]."""
         gate, up, down = (w.to(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj))
-        hidden = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
-        return F.grouped_mm(hidden, down, offs=ends)
+        hidden = F.silu(grouped_mm(x, gate, ends)) * grouped_mm(x, up, ends)
+        return grouped_mm(hidden, down, ends)
 
 
 _ALIGN = 64

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from baltoro.model.config import TextConfig, Yarn
+from baltoro.model.layers import wide
 
 
 def yarn_correction_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
@@ -19,13 +20,13 @@ def yarn_correction_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]
 
 
 def inverse_frequencies(config: TextConfig) -> Tensor:
-    """float32 [qk_rope_head_dim / 2]."""
+    """float64 [qk_rope_head_dim / 2]."""
     dim = config.qk_rope_head_dim
-    plain = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if config.yarn is None:
         return plain
     low, high = yarn_correction_range(dim, config.rope_theta, config.yarn)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
     return plain * (1 - ramp) + plain / config.yarn.factor * ramp
 
 
@@ -35,14 +36,14 @@ def softmax_scale(config: TextConfig) -> float:
     return config.qk_head_dim**-0.5 * mscale * mscale
 
 
-def cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """positions int [tokens] -> two float32 [tokens, rope_dim / 2]."""
-    angle = positions.float()[:, None] * inv_freq[None, :]
+def cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions int [tokens] -> two [tokens, rope_dim / 2] in the wide dtype of `dtype`."""
+    angle = positions.to(wide(dtype))[:, None] * inv_freq.to(wide(dtype))
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent channel pairs. x [..., heads, dim]; cos, sin [..., dim / 2] without the head axis."""
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from baltoro.model.attention import Segments, segment_attention
 from baltoro.model.config import VisionConfig
-from baltoro.model.layers import LayerNorm, Linear
+from baltoro.model.layers import LayerNorm, Linear, wide
 from baltoro.model.rope import rotate
 
 Grid = tuple[int, int, int]
@@ -23,13 +23,13 @@ class PositionTable(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.pos_emb_height, config.pos_emb_width, config.hidden_size))
-        half = torch.arange(config.hidden_size // 2, dtype=torch.float32)
+        half = torch.arange(config.hidden_size // 2, dtype=torch.float64)
         angle = torch.arange(config.max_frames)[:, None] * 10000.0 ** (-2 * half / config.hidden_size)
         self.register_buffer("time", torch.cat((angle.sin(), angle.cos()), -1), persistent=False)
 
-    def forward(self, grids: list[Grid]) -> Tensor:
-        """-> float32 [N, D]."""
-        table = self.weight.float()
+    def forward(self, grids: list[Grid], dtype: torch.dtype) -> Tensor:
+        """-> [N, D] in `dtype`, computed in its wide dtype."""
+        table, time = self.weight.to(wide(dtype)), self.time.to(wide(dtype))
         resized: dict[tuple[int, int], Tensor] = {}
         parts: list[Tensor] = []
         for t, h, w in grids:
@@ -40,8 +40,8 @@ class PositionTable(nn.Module):
                 resized[h, w] = plane.reshape(h * w, -1)
             plane = resized[h, w]
             # A single frame gets no time embedding at all, not its row 0.
-            parts.append(plane if t == 1 else (plane[None] + self.time[:t, None]).flatten(0, 1))
-        return torch.cat(parts)
+            parts.append(plane if t == 1 else (plane[None] + time[:t, None]).flatten(0, 1))
+        return torch.cat(parts).to(dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -55,12 +55,12 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight.flatten(1).to(patches.dtype)
         bias = self.proj.bias
         assert bias is not None
-        return F.linear(patches.flatten(1), weight, bias.to(patches.dtype)) + self.pos_emb(grids).to(patches.dtype)
+        return F.linear(patches.flatten(1), weight, bias.to(patches.dtype)) + self.pos_emb(grids, patches.dtype)
 
 
-def rope_2d(grids: list[Grid], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin float32 [N, head_dim / 2]: pair 2k turns with the column, pair 2k + 1 with the row, all frames alike."""
-    frequency = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)
+def rope_2d(grids: list[Grid], head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [N, head_dim / 2]: pair 2k turns with the column, pair 2k + 1 with the row, all frames alike."""
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=dtype, device=device) / head_dim)
     planes: dict[tuple[int, int], Tensor] = {}
     angles: list[Tensor] = []
     for t, h, w in grids:
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         self.final_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor, grids: list[Grid]) -> Tensor:
-        cos, sin = rope_2d(grids, self.head_dim, x.device)
+        cos, sin = rope_2d(grids, self.head_dim, x.device, wide(x.dtype))
         segments = Segments([t * h * w for t, h, w in grids], x.device)
         for block in self.blocks:
             x = block(x, cos, sin, segments)
