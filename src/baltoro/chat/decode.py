@@ -73,7 +73,7 @@ def decode_video(data: bytes | Path, spec: MediaSpec) -> Iterator[tuple[str, Med
     """
     with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
         try:
-            container = av.open(file, "r", options=_OPEN_OPTIONS)
+            container = av.open(file, "r", options=_OPEN_OPTIONS, metadata_errors="replace")
         except FFmpegError as error:
             raise ValueError(f"not an MP4, MOV, WebM or Matroska video, or its header is broken; {_ADVICE}") from error
         with container:
@@ -86,23 +86,26 @@ def decode_video(data: bytes | Path, spec: MediaSpec) -> Iterator[tuple[str, Med
 def _sampled(container: InputContainer, spec: MediaSpec) -> Iterator[tuple[float, NDArray[np.uint8]]]:
     """(seconds since the first frame, uint8 RGB of shape [height, width, 3]) of the frames that `spec` wants."""
     stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.codec_context.name not in VIDEO_CODECS:
+    codec = stream.codec_context if isinstance(stream, VideoStream) else None
+    if not isinstance(stream, VideoStream) or not codec or codec.name not in VIDEO_CODECS:
         raise ValueError(f"video without a track of {', '.join(VIDEO_CODECS)}; {_ADVICE}")
     check_size("video", stream.width, stream.height)
-    stream.codec_context.options = {"max_pixels": str(PIXEL_LIMIT)}  # a later header may declare another size
+    codec.options = {"max_pixels": str(PIXEL_LIMIT)}  # a later header may declare another size
     ticks, keys = _presentation_ticks(container, stream)
     assert stream.time_base is not None
     times = (ticks - ticks[0]) * float(stream.time_base)
     frames: Iterator[av.VideoFrame] = iter(())
-    at = -_SEEK_FROM
+    at, shape = -_SEEK_FROM, ()
     for i, seconds in _choose(times, stream.average_rate, spec):
         key = keys[i]
         if key - at >= _SEEK_FROM:
             container.seek(int(ticks[key]), stream=stream)
             frames = container.decode(stream)
         pixels = _pixels_at(frames, int(ticks[i]), int(ticks[key]))
+        if shape not in ((), pixels.shape):
+            raise ValueError(f"video that changes its size; {_ADVICE}")
         yield seconds, pixels
-        at = i
+        at, shape = i, pixels.shape
 
 
 def _presentation_ticks(container: InputContainer, stream: VideoStream) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -150,8 +153,7 @@ def _choose(times: NDArray[np.float64], rate: Fraction | None, spec: MediaSpec) 
 def _pixels_at(frames: Iterator[av.VideoFrame], tick: int, key: int) -> NDArray[np.uint8]:
     """Decodes on to the frame shown at `tick`. `key` is the tick of its keyframe: damage before that is forgotten."""
     for frame in frames:
-        assert frame.pts is not None
-        if frame.pts > tick or (frame.pts >= key and frame.is_corrupt):
+        if frame.pts is None or frame.pts > tick or (frame.pts >= key and frame.is_corrupt):
             break
         if frame.pts == tick:
             return np.rot90(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8), round(frame.rotation / 90))

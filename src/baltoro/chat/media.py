@@ -113,7 +113,9 @@ def _fitted(pixels: NDArray[np.uint8], spec: MediaSpec, patch_limit: int, side_l
     height, width = pixels.shape[:2]
     size = fitted_size(width, height, spec, patch_limit, side_limit)
     if size != (width, height):
-        pixels = np.asarray(PilImage.fromarray(pixels).resize(size, PilImage.Resampling.BICUBIC))
+        # In two steps, since Pillow 13 may begin with the columns, where the Pillow of the release began with the rows.
+        rows = PilImage.fromarray(pixels).resize((size[0], height), PilImage.Resampling.BICUBIC)
+        pixels = np.asarray(rows.resize(size, PilImage.Resampling.BICUBIC))
     cell = spec.patch_size * spec.merge
     # Padding comes before normalisation, so that it is black, not grey.
     return np.pad(pixels, ((0, -size[1] % cell), (0, -size[0] % cell), (0, 0)))
