@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def released(model: KimiK25, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _load(folder: Path, **settings: Any) -> Kimi_K25ForConditionalGeneration:
+    """Every tensor in the folder has its place, and every place a tensor."""
+    load: Any = Kimi_K25ForConditionalGeneration.from_pretrained
+    theirs, loading = load(folder, dtype=torch.float32, output_loading_info=True, **settings)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    return theirs.eval()
+
+
 def _prompt() -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([1, 2, *[PAD] * 6, 3, 4, 5, PAD, *range(6, 40)])
     return ids, torch.randn(28, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -62,27 +72,18 @@ def _their_logits(model: Kimi_K25ForConditionalGeneration) -> torch.Tensor:
     ids, patches = _prompt()
     grids = torch.tensor(GRIDS)
     with torch.no_grad():
-        return model.eval()(input_ids=ids[None], pixel_values=patches, image_grid_thw=grids, use_cache=False).logits[0]
+        return model(input_ids=ids[None], pixel_values=patches, image_grid_thw=grids, use_cache=False).logits[0]
 
 
 def test_the_released_layout_gives_the_same_logits_in_transformers(model: KimiK25, released: Path) -> None:
     """transformers reads the release's tensor names, but of its vision_config only the sizes of K2.5."""
     config = Kimi_K25Config(**transformers_json(Release(CONFIG, PAD, 256)))
-    theirs, loading = Kimi_K25ForConditionalGeneration.from_pretrained(
-        released, config=config, dtype=torch.float32, output_loading_info=True
-    )
-    assert not loading["missing_keys"]
-    assert not loading["unexpected_keys"]
-    torch.testing.assert_close(_their_logits(theirs), _our_logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(_their_logits(_load(released, config=config)), _our_logits(model), atol=1e-4, rtol=1e-4)
 
 
 def test_hf_loads_in_transformers_and_comes_back(model: KimiK25, released: Path, tmp_path: Path) -> None:
     convert(released, tmp_path / "hf", "hf")
-    theirs, loading = Kimi_K25ForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
-    )
-    assert not loading["missing_keys"]
-    assert not loading["unexpected_keys"]
+    theirs = _load(tmp_path / "hf")
     torch.testing.assert_close(_their_logits(theirs), _our_logits(model), atol=1e-4, rtol=1e-4)
 
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)

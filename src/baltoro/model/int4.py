@@ -10,6 +10,7 @@ from torch import Tensor
 GROUP = 32
 # The smallest normal bfloat16: below it a scale would lose its own digits. A group of zeros gets it too.
 _TINY = 2.0**-126
+_LARGEST = torch.finfo(torch.bfloat16).max
 
 
 def pack(steps: Tensor) -> Tensor:
@@ -34,22 +35,22 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The scale is the smallest that holds the group: max(largest / 7, smallest / -8). No weight is clipped, so that each
     is kept within half a scale; the minmax observer of compressed-tensors (largest magnitude / 7.5) would clip, and
-    never give back the scale of weights that it has quantised itself. Weights that came from INT4 come back exactly:
-    a group in which some weight is one step keeps its steps and scale even after the weights were rounded to bfloat16;
-    a group that reaches 7 or -8 does in float32. Raises ValueError for weights that are not finite.
+    never give back the scale of weights that it has quantised itself. Weights that came from INT4 come back exactly: in
+    float32 if their group reaches 7 or -8, then with its steps and scale; after they were rounded to bfloat16, if some
+    weight of the group is a single step. Raises ValueError for weights that are not finite.
     """
-    groups = weight.float().unflatten(-1, (-1, GROUP))
+    groups = weight.float().contiguous().unflatten(-1, (-1, GROUP))
     smallest, largest = groups.aminmax(dim=-1)
     scale = torch.maximum(largest / 7, smallest / -8).clamp_min(_TINY).bfloat16().float()
     if not scale.isfinite().all():
         raise ValueError("weights are not finite")
-    step = groups.abs().masked_fill(groups == 0, float("inf")).amin(-1).clamp(_TINY, _LARGEST).bfloat16().float()
-    on_grid = ((_steps(groups, step) * step[..., None]).bfloat16() == groups.bfloat16()).all(-1)
-    scale = torch.where(on_grid, step, scale)
-    return _steps(groups, scale).to(torch.int8).flatten(-2), scale.bfloat16()
-
-
-_LARGEST = torch.finfo(torch.bfloat16).max
+    steps = _steps(groups, scale)
+    exact = (steps * scale[..., None] == groups).all(-1)
+    single = groups.abs().masked_fill(groups == 0, float("inf")).amin(-1).clamp(_TINY, _LARGEST).bfloat16().float()
+    others = _steps(groups, single)
+    single_fits = ~exact & ((others * single[..., None]).bfloat16() == groups.bfloat16()).all(-1)
+    steps = torch.where(single_fits[..., None], others, steps)
+    return steps.to(torch.int8).flatten(-2), torch.where(single_fits, single, scale).bfloat16()
 
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Checkpoint:
         self.config = _read_json(folder / "config.json")
         try:
             self.release = parse(self.config)
-        except ValueError as error:
+        except (ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
         self._opened = opened
         self._seen: set[Path] = set()
@@ -76,7 +76,7 @@ class Checkpoint:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
-        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
         for path in files:
             if not path.exists():
                 raise ValueError(f"{path}: missing, though {INDEX} names it; fetch it again")

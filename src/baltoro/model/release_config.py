@@ -297,9 +297,9 @@ def _yarn_json(yarn: Yarn) -> Json:
     }
 
 
-def _table(config: Json, name: str) -> Json:
+def _table(config: Json, name: str, where: str = "") -> Json:
     if not isinstance(config.get(name), dict):
-        raise ValueError(f"{name} is missing")
+        raise ValueError(f"{where}{name} is missing")
     return config[name]
 
 
@@ -328,13 +328,15 @@ def _check_ids(table: Json, media_pad: int, where: str) -> None:
     allowed = {"bos_token_id": {media_pad + _BOS}, "eos_token_id": {media_pad + _EOS, media_pad + _IM_END}}
     for name, ids in allowed.items():
         given = table.get(name)
-        if given is not None and given not in ids:
+        if given is not None and not set(given if isinstance(given, list) else [given]) <= ids:
             wanted = " or ".join(str(i) for i in sorted(ids))
             raise ValueError(f"{where}{name} is {given!r}; with <|media_pad|> at {media_pad} it is {wanted}")
 
 
 def _check_quantization(given: Json, where: str) -> None:
     _expect(given, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, where, absent=False)
-    weights = given["config_groups"]["group_0"]["weights"]
+    groups = _table(given, "config_groups", where)
+    where += "config_groups."
+    weights = _table(_table(groups, "group_0", where), "weights", where + "group_0.")
     fixed = {"num_bits": 4, "group_size": GROUP, "symmetric": True, "type": "int", "strategy": "group"}
-    _expect(weights, fixed, where + "config_groups.group_0.weights.", absent=False)
+    _expect(weights, fixed, where + "group_0.weights.", absent=False)

@@ -105,8 +105,8 @@ class ShardWriter:
         self._tensors = tensors
         head, self._begin = header(tensors)
         self._missing = sum(stored.size for stored in tensors.values())
-        self._file = path.open("wb")
-        self._file.write(head)
+        self._file = path.open("wb", buffering=0)
+        self._write(memoryview(head))
 
     def __enter__(self) -> Self:
         return self
@@ -115,9 +115,17 @@ class ShardWriter:
         """Places elements of a tensor, from element `at` on."""
         dtype = self._tensors[name].dtype
         self._file.seek(self._begin[name] + at * dtype.itemsize)
-        values = values.to(dtype).contiguous()
-        self._file.write(values.view(-1).view(torch.uint8).numpy().data)
+        values = values.to("cpu", dtype).contiguous()
+        self._write(values.view(-1).view(torch.uint8).numpy().data)
         self._missing -= values.nbytes
+
+    def _write(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            error.filename = self._file.name
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -125,7 +133,6 @@ class ShardWriter:
         with self._file:
             if kind is None:
                 assert self._missing == 0, f"{self._missing} bytes were not written"
-                self._file.flush()
                 os.fsync(self._file.fileno())
 
 
