@@ -141,8 +141,8 @@ def test_the_command_answers_and_drains(run_folder: Path) -> None:
         assert once == again
         assert len(once[0]["token_ids"]) == len(once[0]["logprobs"]["content"]) == 12
 
-        # Clients that leave: were they still served, two slots would be taken for a thousand tokens each.
-        left = [client.chat.completions.create(**ask, stream=True, temperature=0) for _ in range(4)]
+        # Clients that leave: were they still served, both slots would be taken for two thousand tokens.
+        left = [client.chat.completions.create(**ask, stream=True, temperature=0) for _ in range(2)]
         for stream in left:
             next(stream)
             stream.close()
@@ -171,8 +171,9 @@ def test_a_port_that_is_taken_is_one_line(run_folder: Path, capsys: pytest.Captu
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["serve", str(run_folder), f"port={port}", "threads=1"]) == 2
-    out, err = capsys.readouterr()
+    out, error = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"baltoro: cannot listen on 127.0.0.1 port {port}: ")
-    assert err.endswith("address already in use; choose another port=\n")
-    assert err.count("\n") == 1
+    assert error.startswith("baltoro: ")
+    assert error.count("\n") == 1
+    assert str(port) in error
+    assert error.endswith("address already in use; choose another host= or port=\n")

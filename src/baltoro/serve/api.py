@@ -315,7 +315,7 @@ async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str,
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; choose another port=") from None
+            raise ValueError(f"{error.strerror}; choose another host= or port=") from None
         for number in signals:
             loop.add_signal_handler(number, on_signal)
         shown = f"[{host}]" if ":" in host else host
