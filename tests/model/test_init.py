@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from baltoro.model.packed import Segments
 from baltoro.model.config import NANO, ModelConfig, Yarn
 from baltoro.model.init import induction_heads, initialise
 from baltoro.model.kimi import Batch, KimiK25
+from baltoro.model.packed import Segments
 
 
 def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
