@@ -1,8 +1,8 @@
-"""How parameters begin: plain random weights, and optionally four attention heads wired as an induction circuit.
+"""How parameters begin: plain random weights, and optionally the first two layers' heads wired as an induction circuit.
 
 Looking a token up by its context (a previous-token head followed by a matching head) is what every agentic skill here
 rests on, and a small model finds it only after millions of tokens of nothing. `induction_heads` writes that circuit
-into heads 0 and 1 of the first two layers; training is free to change it. The report trains long enough to need no
+into the heads of the first two layers; training is free to change it. The report trains long enough to need no
 such thing (deviation, `docs/fidelity.md`).
 """
 
