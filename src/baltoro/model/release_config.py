@@ -238,30 +238,25 @@ def _text(text: Json) -> TextConfig:
     if text.get("model_type") not in ("deepseek_v3", "kimi_k2"):
         raise ValueError(f"{where}model_type is {text.get('model_type')!r}; expected deepseek_v3 or kimi_k2")
     fixed = _TEXT_FIXED | _TRANSFORMERS_TEXT_FIXED
-    _know(text, {*_TEXT_FIELDS.values(), *fixed, "num_key_value_heads", *_ROPE}, where)
+    rope_names = {"rope_theta", "rope_scaling", "rope_parameters"}
+    _know(text, {*_TEXT_FIELDS.values(), *fixed, "num_key_value_heads"} | rope_names, where)
     values = {field: _first(text, name, where=where) for field, name in _TEXT_FIELDS.items()}
     _expect(text, fixed | {"num_key_value_heads": values["num_heads"]}, where)
-    rope = (
-        {"rope_theta": text.get("rope_theta")} | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
-    )
-    where += "rope_parameters." if text.get("rope_parameters") else "rope_scaling."
+    # transformers 5 writes rope_parameters, the release rope_theta and rope_scaling.
+    spelling = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope = {"rope_theta": text.get("rope_theta")} | (text.get(spelling) or {})
+    where += f"{spelling}."
     kind = rope.get("rope_type", rope.get("type", "default"))
     yarn = None
     if kind == "yarn":
-        names = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-        _know(rope, names | {*_YARN_FIXED, "rope_theta", "rope_type", "type"}, where)
+        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+        _know(rope, {*names, *_YARN_FIXED, "rope_theta", "rope_type", "type"}, where)
         _expect(rope, _YARN_FIXED, where, absent=False)
-        factor, original, fast, slow = (
-            _first(rope, name, where=where)
-            for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-        )
+        factor, original, fast, slow = (_first(rope, name, where=where) for name in names)
         yarn = Yarn(float(factor), original, float(fast), float(slow))
     elif kind != "default":
         raise ValueError(f"{where}type is {kind!r}; expected yarn or none")
     return TextConfig(**values, rope_theta=float(_first(rope, "rope_theta", where=where)), yarn=yarn)
-
-
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def _vision(vision: Json, config: Json, text_hidden: int) -> VisionConfig:
@@ -319,8 +314,7 @@ def _expect(table: Json, values: Json, where: str, absent: bool = True) -> None:
     for name, value in values.items():
         if name not in table and absent:
             continue
-        given = table.get(name)
-        if (list(given) if isinstance(given, tuple) else given) != value:
+        if (given := table.get(name)) != value:
             raise ValueError(f"{where}{name} is {given!r}; this model computes only {value!r}")
 
 
