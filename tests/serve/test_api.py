@@ -7,8 +7,9 @@ import copy
 import io
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
+import av
 import numpy as np
 import openai
 import pytest
@@ -189,6 +190,17 @@ def _png(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _mp4(frames: int, fps: int) -> str:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height = 56, 28
+        for i in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((28, 56, 3), 20 * i, np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 async def test_pictures_and_videos_come_as_data_urls() -> None:
     engine = ScriptedEngine(T, [completion_text("A picture.")] * 2)
     picture = _png(np.full((30, 60, 3), (200, 10, 10), np.uint8))
@@ -198,6 +210,16 @@ async def test_pictures_and_videos_come_as_data_urls() -> None:
     (item,) = engine.prompts[0].media
     assert item.grid_thw == (1, 4, 6)  # 30 x 60 pixels in cells of 28: 2 x 3 of them, 2 x 2 patches each
     assert engine.prompts[0].ids.count(T.media_pad) == 6
+    # A video of 2 s at 4 frames a second is seen at 2: one chunk of four frames, 28 x 56 pixels each.
+    content = [{"type": "video_url", "video_url": {"url": _mp4(frames=8, fps=4)}}, {"type": "text", "text": "?"}]
+    broken = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}]
+    async with served(engine) as client:
+        await client.chat.completions.create(model="m", messages=[{"role": "user", "content": cast(Any, content)}])
+        with pytest.raises(openai.BadRequestError, match="not an MP4"):
+            await client.chat.completions.create(model="m", messages=[{"role": "user", "content": cast(Any, broken)}])
+    assert [chunk.grid_thw for chunk in engine.prompts[1].media] == [(4, 2, 4)]
+    chunk = "00:00:00.000<|media_begin|>video<|media_content|><|media_pad|><|media_pad|><|media_end|>"
+    assert f"<|im_middle|>{chunk}?<|im_end|>" in T.decode(engine.prompts[1].ids)
     # Red, normalised by (v / 255 - 0.5) / 0.5; then black where it was padded.
     assert item.patches[0, :, 0, 0] == pytest.approx([200 / 127.5 - 1, 10 / 127.5 - 1, 10 / 127.5 - 1], abs=1e-6)
     assert (item.patches[-1, :, -1, -1] == -1).all()
