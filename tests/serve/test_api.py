@@ -3,15 +3,19 @@
 import asyncio
 import base64
 import contextlib
+import copy
 import io
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from typing import Any, cast
 
+import av
 import numpy as np
 import openai
 import pytest
 from aiohttp import ClientSession, web
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from PIL import Image as PilImage
 
@@ -26,6 +30,16 @@ from baltoro.serve.api import Api, ApiConfig
 T = Tokenizer({bytes([b]): b for b in range(256)})
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TREE = {
+    "type": "object",
+    "properties": {
+        "city": {"type": ["string", "null"], "pattern": "^a"},
+        "more": {"type": "array", "items": {"$ref": "#"}},
+    },
+    "required": ["city"],
+    "additionalProperties": {"anyOf": [{"type": "number", "maximum": 3}, {"$ref": "#/$defs/x"}]},
+    "$defs": {"x": {"enum": ["p", 1]}},
+}
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
 TWO_CALLS = completion_text("Let me see.", reasoning="two ☃", calls=[("weather", {"city": "Zürich"}), ("weather", {})])
 
@@ -34,7 +48,7 @@ TWO_CALLS = completion_text("Let me see.", reasoning="two ☃", calls=[("weather
 async def served(engine: StreamingEngine, **changes: Any) -> AsyncIterator[AsyncOpenAI]:
     config = {"name": "m", "max_len": 4000, "max_choices": 8, "max_body": 2**20} | changes
     api = Api(engine, T, MediaSpec.K25, ApiConfig(**config))
-    runner = web.AppRunner(api.application(), handler_cancellation=True)
+    runner = api.runner()
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
@@ -170,17 +184,42 @@ async def test_reasoning_is_kept_on_request() -> None:
     assert ["<think>why</think>a" in T.decode(prompt.ids) for prompt in engine.prompts] == [False, True]
 
 
+def _png(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    PilImage.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _mp4(frames: int, fps: int) -> str:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height = 56, 28
+        for i in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((28, 56, 3), 20 * i, np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 async def test_pictures_and_videos_come_as_data_urls() -> None:
     engine = ScriptedEngine(T, [completion_text("A picture.")] * 2)
-    file = io.BytesIO()
-    PilImage.fromarray(np.full((30, 60, 3), (200, 10, 10), np.uint8)).save(file, "PNG")
-    picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    picture = _png(np.full((30, 60, 3), (200, 10, 10), np.uint8))
     content: Any = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": picture}}]
     async with served(engine) as client:
         await client.chat.completions.create(model="m", messages=[{"role": "user", "content": content}])
     (item,) = engine.prompts[0].media
     assert item.grid_thw == (1, 4, 6)  # 30 x 60 pixels in cells of 28: 2 x 3 of them, 2 x 2 patches each
     assert engine.prompts[0].ids.count(T.media_pad) == 6
+    # A video of 2 s at 4 frames a second is seen at 2: one chunk of four frames, 28 x 56 pixels each.
+    content = [{"type": "video_url", "video_url": {"url": _mp4(frames=8, fps=4)}}, {"type": "text", "text": "?"}]
+    broken = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}]
+    async with served(engine) as client:
+        await client.chat.completions.create(model="m", messages=[{"role": "user", "content": cast(Any, content)}])
+        with pytest.raises(openai.BadRequestError, match="not an MP4"):
+            await client.chat.completions.create(model="m", messages=[{"role": "user", "content": cast(Any, broken)}])
+    assert [chunk.grid_thw for chunk in engine.prompts[1].media] == [(4, 2, 4)]
+    chunk = "00:00:00.000<|media_begin|>video<|media_content|><|media_pad|><|media_pad|><|media_end|>"
+    assert f"<|im_middle|>{chunk}?<|im_end|>" in T.decode(engine.prompts[1].ids)
     # Red, normalised by (v / 255 - 0.5) / 0.5; then black where it was padded.
     assert item.patches[0, :, 0, 0] == pytest.approx([200 / 127.5 - 1, 10 / 127.5 - 1, 10 / 127.5 - 1], abs=1e-6)
     assert (item.patches[-1, :, -1, -1] == -1).all()
@@ -465,3 +504,110 @@ async def test_a_client_that_leaves_takes_its_request_out_of_the_engine(stream: 
             await engine.until(0)
         async with ClientSession() as session, session.get(str(client.base_url)[:-4] + "/health") as health:
             assert (await health.json())["running"] == 0
+
+
+_scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=4),
+    st.sampled_from(["auto", "user", "\ud800"]),
+)
+_json = st.recursive(
+    _scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=6,
+)
+_VALID: dict[str, Any] = {
+    "model": "m",
+    "messages": [
+        {"role": "system", "content": "s", "name": "n"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "t"}, *_image(_png(np.zeros((2, 3, 3), np.uint8)))[0]["content"]],
+        },
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "r",
+            "tool_calls": [{"id": "x", "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "t"}]},
+    ],
+    "tools": [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": TREE}}],
+    "tool_choice": "auto",
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "max_tokens": 300,
+    "temperature": 0.5,
+    "seed": 1,
+    "stop": ["yy", "zz"],
+    "n": 2,
+    "logprobs": True,
+    "return_token_ids": True,
+    "thinking": {"type": "enabled", "keep": "all"},
+    "chat_template_kwargs": {"thinking": True},
+}
+
+
+def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every value at any depth, as the container and the key under which it stands."""
+    for key, below in enumerate(node) if isinstance(node, list) else node.items():
+        yield node, key
+        if isinstance(below, dict | list):
+            yield from _places(below)
+
+
+@st.composite
+def _bodies(draw: st.DrawFn) -> Any:
+    """A request in which a few values, at any depth, were replaced by others, removed or added."""
+    body: Any = copy.deepcopy(_VALID)
+    for _ in range(draw(st.integers(0, 3))):
+        node, key = draw(st.sampled_from(list(_places(body))))
+        match draw(st.integers(0, 3)):
+            case 0:
+                del node[key]
+            case 1 if isinstance(node, dict):
+                node[draw(st.sampled_from([*node, *TREE, "x"]))] = draw(_json)
+            case _:
+                node[key] = draw(_json)
+    return body
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> Iterator[Callable[[bytes], tuple[int, str]]]:
+    """Posts a body to one server that outlives the examples; gives status and text."""
+    said = completion_text("abc", reasoning="r", calls=[("weather", {"city": 1}), ("other", {})])
+    engine = ScriptedEngine(T, lambda prompt, role: said)
+
+    async def post(url: str, body: bytes) -> tuple[int, str]:
+        async with ClientSession() as session, session.post(url, data=body) as response:
+            return response.status, await response.text()
+
+    with asyncio.Runner() as runner:
+        server = served(engine)
+        client = runner.run(server.__aenter__())
+        yield lambda body: runner.run(post(f"{client.base_url}chat/completions", body))
+        runner.run(server.__aexit__(None, None, None))
+
+
+@settings(max_examples=500)
+@given(body=st.one_of(_bodies(), _bodies(), _json))
+def test_no_json_at_all_breaks_the_server(fuzzed: Callable[[bytes], tuple[int, str]], body: Any) -> None:
+    status, text = fuzzed(json.dumps(body).encode())
+    assert status < 500, text
+    assert "Traceback" not in text
+    if status != 200:
+        assert json.loads(text)["error"].keys() == {"message", "type", "param", "code"}
+    elif text.startswith("data: "):
+        assert text.endswith("data: [DONE]\n\n")
+        assert "engine_failed" not in text
+    event(str(status))
+
+
+@given(data=st.binary(max_size=40))
+def test_no_bytes_at_all_break_the_server(fuzzed: Callable[[bytes], tuple[int, str]], data: bytes) -> None:
+    status, text = fuzzed(data)
+    assert status == 400
+    assert json.loads(text)["error"]["type"] == "invalid_request_error"

@@ -60,13 +60,14 @@ class Api:
         self._draining = False
         self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
 
-    def application(self) -> web.Application:
+    def runner(self) -> web.AppRunner:
+        """Cancels the handler whose client leaves."""
         app = web.Application(middlewares=[self._guard], client_max_size=self._config.max_body)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._list_models)
         app.router.add_get("/v1/models/{name:.+}", self._one_model)
         app.router.add_post("/v1/chat/completions", self._complete)
-        return app
+        return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
 
     async def drain(self) -> None:
         """Refuses new requests from now on; returns when the running ones are answered."""
@@ -309,7 +310,7 @@ async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str,
         for number in signals:
             loop.remove_signal_handler(number)
 
-    runner = web.AppRunner(api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5)
+    runner = api.runner()
     await runner.setup()
     try:
         try:
