@@ -49,19 +49,19 @@ def _returns(prompt: str) -> list[str]:
 
 def _row(page: str, columns: list[str]) -> str:
     name, *facts = page.split("\n")
-    values = dict(fact.removeprefix("- ").split(": ", 1) for fact in facts)
-    return " | ".join([name, *(f"{column}: {values[column]}" for column in columns)])
+    values = dict(fact.removeprefix("|").split("=", 1) for fact in facts)
+    return "|".join([name, *(f"{column}={values[column]}" for column in columns)])
 
 
 def _perfect(prompt: str, role: str) -> str:
     step = prompt.count("<|im_assistant|>") - 1
-    columns = re.findall(r"<\|im_middle\|>Find (.*?)\.(?:\n|<\|im_end\|>)", prompt)[0].split(", ")
+    columns = re.findall(r"<\|im_middle\|>Find name\|(.*?)(?:\n|<\|im_end\|>)", prompt)[0].split("|")
     names = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("\n")
     names = names if role == "subagent" else names[2::2]  # a number stands before each
     found = _returns(prompt)
     if role == "orchestrator":
         if step == 0:
-            create: dict[str, object] = {"name": "r", "system_prompt": f"Find {', '.join(columns)}."}
+            create: dict[str, object] = {"name": "r", "system_prompt": f"Find name|{'|'.join(columns)}"}
             return completion_text(calls=[("create_subagent", create)])
         if step == 1:
             return completion_text(calls=[("assign_task", {"agent": "r", "prompt": name}) for name in names])

@@ -76,7 +76,7 @@ def returns(prompt: str) -> list[str]:
 
 def reads_its_page(prompt: str) -> str:
     """A subagent that works from what it sees alone: its instruction, the hits, the page."""
-    columns = re.findall(r"<\|im_middle\|>Find (.*?)\.<\|im_end\|>", prompt)[0].split(", ")
+    columns = re.findall(r"<\|im_middle\|>Find name\|(.*?)<\|im_end\|>", prompt)[0].split("|")
     name = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0]
     found = returns(prompt)
     if not found:
@@ -84,15 +84,15 @@ def reads_its_page(prompt: str) -> str:
     if len(found) == 1:
         urls = dict(line.rsplit(" ", 1) for line in found[0].split("\n"))
         return completion_text(calls=[("open", {"url": urls[name]})])
-    facts = dict(line.removeprefix("- ").split(": ", 1) for line in found[1].split("\n")[1:])
-    return completion_text(" | ".join([name, *(f"{column}: {facts[column]}" for column in columns)]))
+    facts = dict(line.removeprefix("|").split("=", 1) for line in found[1].split("\n")[1:])
+    return completion_text("|".join([name, *(f"{column}={facts[column]}" for column in columns)]))
 
 
 def asked(messages: Sequence[Message], world: World) -> WideSearch:
     """The task that the demonstration's user states, with gold answers from the world."""
     head, *lines = messages[1].text.split("\n")
     names = lines[1::2]  # a number stands before each
-    columns = tuple(head.removeprefix("Find ").removesuffix(".").split(", "))
+    columns = tuple(head.removeprefix("Find name|").split("|"))
     facts = {entity.name: entity.attributes for kind in world.kinds for entity in kind.entities}
     return WideSearch(tuple(names), columns, {name: {c: facts[name][c] for c in columns} for name in names})
 
@@ -202,7 +202,7 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
 
 def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]) -> None:
     """The instruction and the task have the same form in both demonstrations."""
-    form = re.compile(r"Find [\w-]+(, [\w-]+){1,2}\.")
+    form = re.compile(r"Find name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
         assert form.fullmatch(messages[0].text)
         assert len(messages[1].text.split("\n")) == 1
@@ -299,8 +299,8 @@ def test_an_answer_holds_what_was_seen_and_nothing_else(experts: list[Demonstrat
         if final == "not found":
             assert messages[1].text not in {document.title for document in world.documents}
             continue
-        [wanted] = re.findall(r"^Find (.*)\.$", f"{messages[0].text}\n{messages[1].text}", re.MULTILINE)
-        columns = wanted.split(", ")
+        [wanted] = re.findall(r"^Find name\|(.*)$", f"{messages[0].text}\n{messages[1].text}", re.MULTILINE)
+        columns = wanted.split("|")
         facts = {entity.name: entity.attributes for k in world.kinds for entity in k.entities}
         seen = [m.text for m in messages if m.role == "tool"]
         rows = parse_table(final, columns)

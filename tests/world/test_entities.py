@@ -55,7 +55,7 @@ def test_every_entity_has_one_page_with_its_facts(worlds: dict[str, list[World]]
             for entity in kind.entities:
                 title, *facts = pages[entity.name]
                 assert title == entity.name
-                stated = [fact.removeprefix("- ").partition(": ") for fact in facts]
+                stated = [fact.removeprefix("|").partition("=") for fact in facts]
                 assert all(fact.startswith("- ") for fact in facts)
                 assert {key: value for key, _, value in stated} == entity.attributes
                 assert len(stated) == len(entity.attributes)

@@ -28,79 +28,91 @@ def initialise(model: KimiK25, generator: torch.Generator) -> None:
             p.zero_()
 
 
-# Logits of the wired heads: about +3 from a token to its neighbour, about +15 from a match to the rest. The other
-# branches start small, so that they do not drown what the circuit writes to the residual stream.
-_POSITION_GAIN = 5.4
-_MATCH_GAIN = 3.2
-_OUT_GAIN = 12.0
+# Logits of the wired heads, and the sizes of what they write beside a token's embedding (whose norm is 1).
+_POSITION_LOGIT = 10.0
+_MATCH_LOGIT = 14.0
+_SLOT_SIZE = 2.0
+_OUT_SIZE = 3.0
 _BRANCH_SCALE = 0.01
 _ROPE_PAIRS = 6
 _OFFSET = 0.7
+_CONTEXT = 3
 
 
 @torch.no_grad()
 def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
     """Wire the circuit into a model fresh from `initialise`.
 
-    Layer 0, heads 0 and 1: attend to the previous position (through rope alone, from a constant direction that is
-    added to all embeddings) and write a code of its token. Layer 1, heads 0 and 1: attend to positions whose previous
-    token has the code of the current token, and write that position's token, which the head (begun as a copy of the
-    embedding) predicts. Needs q_lora_rank None and kv_lora_rank >= 3 * qk_nope_head_dim, v_head_dim = qk_nope_head_dim.
+    The residual stream is divided: half holds the token, one direction is the same everywhere, the rest is _CONTEXT
+    slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant direction) and write a
+    code of its token into slot o. Layer 1, head n: attend to places whose last n + 1 tokens are the current one and its n
+    predecessors, and write the token of that place, which the head (begun as a copy of the embedding) predicts. The
+    longer match is the rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >= hidden / 4 and
+    kv_lora_rank >= hidden_size.
     """
     text = model.config.text
-    dim, code_dim = text.hidden_size, text.qk_nope_head_dim
-    if text.q_lora_rank is not None or text.kv_lora_rank < 3 * code_dim or text.v_head_dim != code_dim:
+    dim, nope = text.hidden_size, text.qk_nope_head_dim
+    if text.q_lora_rank is not None or text.kv_lora_rank < dim or text.v_head_dim != nope or 4 * nope < dim:
         raise ValueError(
-            "induction_heads needs q_lora_rank none, v_head_dim = qk_nope_head_dim, kv_lora_rank >= 3 of it"
+            "induction_heads needs q_lora_rank none, kv_lora_rank >= hidden_size, v_head_dim = qk_nope_head_dim >= hidden / 4"
         )
     for name, p in model.language_model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             p.mul_(_BRANCH_SCALE)
+    half = dim // 2
+    code = (half - 1) // _CONTEXT
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].T
+    token, constant, slots = basis[:half], basis[half], basis[half + 1 :][: _CONTEXT * code].view(_CONTEXT, code, dim)
 
     embedding = model.language_model.model.embed_tokens.weight
-    constant = torch.randn(dim, generator=generator)
-    constant /= constant.norm()
-    embedding -= torch.outer(embedding @ constant, constant)
-    std = float(embedding.std())
+    embedding.copy_(embedding @ token.T @ token)
+    embedding.div_(embedding.norm(dim=-1, keepdim=True))
     model.language_model.lm_head.weight.copy_(embedding)
-    embedding += constant * (std * dim**0.5 * _OFFSET)
-    # The component of a normed embedding along `constant`.
-    seen = dim**0.5 * _OFFSET / (1 + _OFFSET**2) ** 0.5
-
-    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].T
-    codes = [basis[h * code_dim : (h + 1) * code_dim] for h in range(2)]
-    content = basis[2 * code_dim : 3 * code_dim]
-    written = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].T
-    slots = [written[h * code_dim : (h + 1) * code_dim] for h in range(2)]
-    eye = torch.eye(code_dim)
+    embedding += constant * _OFFSET
     first, second = [module for module in model.modules() if isinstance(module, MLA)][:2]
 
+    # A normed input has norm sqrt(dim); its token and constant components follow from the sizes above.
+    unit = dim**0.5 / (1 + _OFFSET**2) ** 0.5
     kv_a, kv_b, q, out = _views(first)
     kv_a.zero_()
-    for h in range(2):
-        kv_a[h * code_dim : (h + 1) * code_dim] = codes[h]
+    kv_a[:code] = token[:code]
+    for h in range(_CONTEXT):
         q[h] = 0
         kv_b[h] = 0
-        kv_b[h, code_dim:, h * code_dim : (h + 1) * code_dim] = eye
-        out[:, h] = slots[h].T * std
-    direction = constant * (_POSITION_GAIN / seen)
+        kv_b[h, nope : nope + code, :code] = torch.eye(code)
+        out[:, h] = 0
+        # The latent norm leaves a vector of norm sqrt(kv_lora_rank).
+        out[:, h, :code] = slots[h].T * (_SLOT_SIZE / _CONTEXT**0.5 / text.kv_lora_rank**0.5)
+    strength = (_POSITION_LOGIT / first.scale) ** 0.5 / (unit * _OFFSET)
     for pair, frequency in enumerate(model.language_model.model.inv_freq[:_ROPE_PAIRS].tolist()):
-        kv_a[text.kv_lora_rank + 2 * pair] = direction
-        angle = torch.tensor(frequency)
-        for h in range(2):
-            q[h, code_dim + 2 * pair] = direction * angle.cos()
-            q[h, code_dim + 2 * pair + 1] = -direction * angle.sin()
+        kv_a[text.kv_lora_rank + 2 * pair] = constant * strength
+        for h in range(_CONTEXT):
+            angle = torch.tensor((h + 1) * frequency)
+            q[h, nope + 2 * pair] = constant * strength * angle.cos()
+            q[h, nope + 2 * pair + 1] = -constant * strength * angle.sin()
 
+    unit = dim**0.5 / (1 + _OFFSET**2 + _SLOT_SIZE**2) ** 0.5
     kv_a, kv_b, q, out = _views(second)
-    kv_a[: 3 * code_dim] = torch.cat([*slots, content])
-    kv_a[text.kv_lora_rank :] *= _BRANCH_SCALE
-    for h in range(2):
-        q[h] = 0
-        q[h, :code_dim] = codes[h] * _MATCH_GAIN
-        kv_b[h] = 0
-        kv_b[h, :code_dim, h * code_dim : (h + 1) * code_dim] = eye * _MATCH_GAIN
-        kv_b[h, code_dim:, 2 * code_dim : 3 * code_dim] = eye
-        out[:, h] = content.T * (std * _OUT_GAIN)
+    kv_a[: _CONTEXT * code] = slots.flatten(0, 1)
+    kv_a[_CONTEXT * code :] *= _BRANCH_SCALE
+    kv_a[half : 2 * half] = token
+    # Norms, behind the latent norm, of one slot and of the token.
+    latent = text.kv_lora_rank**0.5 / (1 + _SLOT_SIZE**2) ** 0.5
+    slot = _SLOT_SIZE / _CONTEXT**0.5
+    for n in range(_CONTEXT):
+        q[n] = 0
+        kv_b[n] = 0
+        out[:, n] = 0
+        width = nope // (n + 1) if n else code
+        for part in range(n + 1):
+            place = slice(part * width, (part + 1) * width)
+            seen = slots[part - 1] if part else token[:code] * (slot * (half / code) ** 0.5)
+            gain = (_MATCH_LOGIT / second.scale * code / width) ** 0.5
+            q[n, place] = seen[:width] * (gain / (unit * slot))
+            kv_b[n, place, part * code : part * code + width] = torch.eye(width) * (gain / (latent * slot))
+        shown = torch.arange(nope) + n * (half - nope) // max(_CONTEXT - 1, 1)
+        kv_b[n, nope + torch.arange(nope), half + shown] = 1
+        out[:, n] = token[shown].T * (_OUT_SIZE / latent * (half / nope) ** 0.5)
 
 
 def _views(attn: MLA) -> tuple[Tensor, Tensor, Tensor, Tensor]:

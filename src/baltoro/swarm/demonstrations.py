@@ -9,7 +9,7 @@ from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_res
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
-from baltoro.world.tasks import WideSearch, numbered, row, wide_search
+from baltoro.world.tasks import WideSearch, header, numbered, row, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
@@ -128,7 +128,7 @@ class Demonstrator:
 
 
 def _instruction(task: WideSearch) -> str:
-    return f"Find {', '.join(task.columns)}."
+    return f"Find {header(task.columns)}"
 
 
 def _call(tool: str, index: int, **arguments: str) -> ToolCall:

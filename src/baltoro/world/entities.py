@@ -24,8 +24,8 @@ class Entity:
 
     @property
     def page(self) -> str:
-        """Its name, then one attribute a line: `- key: value`."""
-        return "\n".join([self.name, *(f"- {key}: {value}" for key, value in self.attributes.items())])
+        """Its name, then one attribute a line: `|key=value`."""
+        return "\n".join([self.name, *(f"|{key}={value}" for key, value in self.attributes.items())])
 
 
 @dataclass(frozen=True)
