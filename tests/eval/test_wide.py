@@ -50,7 +50,7 @@ async def test_a_perfect_swarm(
     assert result.parallelism == rows / 4
     assert result.summary() == {"item_f1": 1, "critical_steps": 6, "total_steps": 3 + 3 * rows / 4, "n": 4}
     for job, trace in zip(jobs, result.traces, strict=True):
-        assert tuple(child.messages[1].text for child in trace.children) == job.task.names
+        assert tuple(child.messages[1].text.split("|")[0] for child in trace.children) == job.task.names
 
 
 async def test_a_perfect_single_agent_within_a_budget(

@@ -9,8 +9,9 @@ from baltoro.model.init import induction_heads, initialise
 from baltoro.model.kimi import Batch, KimiK25
 
 
-def _losses(config: ModelConfig, wired: bool, half: int) -> tuple[float, float]:
-    """Mean loss on the first and on the second half of sequences that are the same random tokens twice."""
+def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
+    """Share of right predictions on the second half of sequences that are the same random tokens twice, from the third
+    token on: the first cannot be known to repeat, and what stood before it differs the first time."""
     generator = torch.Generator().manual_seed(0)
     model = KimiK25(config, media_pad=0)
     initialise(model, generator)
@@ -20,22 +21,35 @@ def _losses(config: ModelConfig, wired: bool, half: int) -> tuple[float, float]:
     once = torch.randint(1, config.text.vocab_size, (4, half), generator=generator)
     ids = torch.cat([once, once], 1)
     hidden = model(Batch(ids.flatten(), Segments([2 * half] * 4), torch.empty(0, 3, 8, 8), []))
-    logprobs = model.logits(hidden).log_softmax(-1).view(4, 2 * half, -1)[:, :-1]
-    loss = -logprobs.gather(-1, ids[:, 1:, None])[..., 0]
-    # The first token of the second half cannot be known to repeat; its successor is the first that can be looked up.
-    return float(loss[:, : half - 1].mean()), float(loss[:, half:].mean())
+    right = model.logits(hidden).argmax(-1).view(4, 2 * half)[:, :-1] == ids[:, 1:]
+    return float(right[:, half + 1 :].float().mean())
 
 
 @pytest.mark.parametrize("yarn", [None, Yarn(factor=4.0, original_max_position=512)])
-@pytest.mark.parametrize(("half", "gain"), [(20, 2.5), (100, 1.5)])
-def test_untrained_induction_heads_see_a_repetition(half: int, gain: float, yarn: Yarn | None) -> None:
-    """In nats per token, before any training: seen about 8.1 -> 5.0 over 20 tokens and 8.0 -> 5.8 over 100. Without the
-    circuit both halves are alike."""
+@pytest.mark.parametrize("half", [20, 300])
+def test_untrained_induction_heads_see_a_repetition(half: int, yarn: Yarn | None) -> None:
+    """Before any training; without the circuit nothing but chance."""
     config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, yarn=yarn))
-    first, second = _losses(config, wired=True, half=half)
-    assert second < first - gain
-    first, second = _losses(config, wired=False, half=half)
-    assert abs(second - first) < 0.2
+    assert _second_half(config, wired=True, half=half) > 0.99
+    assert _second_half(config, wired=False, half=half) < 0.02
+
+
+def test_untrained_induction_heads_follow_the_longest_match() -> None:
+    """The last token occurred twice, with other successors; the tokens before it decide, up to four."""
+    config = NANO
+    generator = torch.Generator().manual_seed(1)
+    model = KimiK25(config, media_pad=0)
+    initialise(model, generator)
+    induction_heads(model, generator)
+    model.eval().requires_grad_(False)
+    right = 0
+    for _ in range(20):
+        one, two, last, *rest = torch.randperm(2000, generator=generator)[:60].add(1).tolist()
+        for before, wanted in ((one, rest[0]), (two, rest[1])):
+            ids = [*rest[2:20], one, last, rest[0], *rest[20:40], two, last, rest[1], *rest[40:], before, last]
+            batch = Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])
+            right += int(model.logits(model(batch))[-1].argmax()) == wanted
+    assert right >= 38
 
 
 def test_induction_heads_need_a_fitting_layout() -> None:

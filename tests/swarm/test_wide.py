@@ -20,8 +20,7 @@ NAMES = ("Ada Frostby", "Bo Larkwood", "Cy Mosston", "Di Thornlow")
 GOLD = {name: {"metal": f"m{i}", "age": f"{20 + i}"} for i, name in enumerate(NAMES)}
 TASK = WideSearch(NAMES, ("metal", "age"), GOLD)
 PAGES = [
-    Document(str(7 + i), name, (f"{name}\n|age={20 + i}\n|river=r{i}\n|metal=m{i}",))
-    for i, name in enumerate(NAMES)
+    Document(str(7 + i), name, (f"{name}\n|age={20 + i}\n|river=r{i}\n|metal=m{i}",)) for i, name in enumerate(NAMES)
 ]
 RULES = WideRules(max_context_tokens=100_000, max_turn_tokens=10_000, subagent_turn_tokens=1000)
 ROWS = {name: f"{name}|metal=m{i}|age={20 + i}" for i, name in enumerate(NAMES)}

@@ -36,7 +36,7 @@ _OUT_SIZE = 3.0
 _BRANCH_SCALE = 0.01
 _ROPE_PAIRS = 6
 _OFFSET = 0.7
-_CONTEXT = 3
+_CONTEXT = 4
 
 
 @torch.no_grad()
@@ -45,16 +45,17 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
 
     The residual stream is divided: half holds the token, one direction is the same everywhere, the rest is _CONTEXT
     slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant direction) and write a
-    code of its token into slot o. Layer 1, head n: attend to places whose last n + 1 tokens are the current one and its n
-    predecessors, and write the token of that place, which the head (begun as a copy of the embedding) predicts. The
-    longer match is the rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >= hidden / 4 and
-    kv_lora_rank >= hidden_size.
+    code of its token into slot o. Layer 1, head n: attend to places behind the same n + 1 tokens as the last ones here,
+    and write the token of that place, which lm_head (begun as a copy of the embedding) predicts. The longer match is the
+    rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >=
+    hidden_size.
     """
     text = model.config.text
     dim, nope = text.hidden_size, text.qk_nope_head_dim
     if text.q_lora_rank is not None or text.kv_lora_rank < dim or text.v_head_dim != nope or 4 * nope < dim:
         raise ValueError(
-            "induction_heads needs q_lora_rank none, kv_lora_rank >= hidden_size, v_head_dim = qk_nope_head_dim >= hidden / 4"
+            "induction_heads needs q_lora_rank none, kv_lora_rank >= hidden_size and "
+            "v_head_dim = qk_nope_head_dim >= hidden_size / 4"
         )
     for name, p in model.language_model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
@@ -103,7 +104,7 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
         q[n] = 0
         kv_b[n] = 0
         out[:, n] = 0
-        width = nope // (n + 1) if n else code
+        width = min(code, nope // (n + 1))
         for part in range(n + 1):
             place = slice(part * width, (part + 1) * width)
             seen = slots[part - 1] if part else token[:code] * (slot * (half / code) ** 0.5)

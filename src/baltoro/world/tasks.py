@@ -21,7 +21,7 @@ class WideSearch:
     @property
     def prompt(self) -> str:
         """Says what is wanted and nothing of how to go about it."""
-        return f"Find {header(self.columns)}\n{numbered(self.names)}"
+        return f"Find {template('name', self.columns)}\n{numbered(self.names)}"
 
 
 def wide_search(rng: random.Random, world: World, low: int, high: int, columns: tuple[int, int] = (2, 3)) -> WideSearch:
@@ -39,9 +39,9 @@ def numbered(lines: Iterable[str]) -> str:
     return "\n".join(f"{number}\n{line}" for number, line in enumerate(lines, 1))
 
 
-def header(columns: Sequence[str]) -> str:
-    """`name|column|column`."""
-    return "|".join(("name", *columns))
+def template(name: str, columns: Sequence[str]) -> str:
+    """A row to be filled in: `name|column|column`."""
+    return "|".join((name, *columns))
 
 
 def row(name: str, values: dict[str, str], columns: Sequence[str]) -> str:
