@@ -44,11 +44,11 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
     """Wire the circuit into a model fresh from `initialise`.
 
     The residual stream is divided: half holds the token, one direction is the same everywhere, the rest is _CONTEXT
-    slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant direction) and write a
-    code of its token into slot o. Layer 1, head n: attend to places behind the same n + 1 tokens as the last ones here,
-    and write the token of that place, which lm_head (begun as a copy of the embedding) predicts. The longer match is the
-    rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >=
-    hidden_size.
+    slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant direction) and write
+    a code of its token into slot o. Layer 1, head n: attend to places behind the same n + 1 tokens as the last ones
+    here, and write the token of that place, which lm_head (begun as a copy of the embedding) predicts. The longer
+    match is the rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >= hidden_size / 4 and
+    kv_lora_rank >= hidden_size.
     """
     text = model.config.text
     dim, nope = text.hidden_size, text.qk_nope_head_dim
