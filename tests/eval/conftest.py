@@ -49,22 +49,23 @@ def _returns(prompt: str) -> list[str]:
 
 def _row(page: str, columns: list[str]) -> str:
     name, *facts = page.split("\n")
-    values = dict(fact.removeprefix("- ").split(": ", 1) for fact in facts)
-    return " | ".join([name, *(f"{column}: {values[column]}" for column in columns)])
+    values = dict(fact.removeprefix("|").split("=", 1) for fact in facts)
+    return "|".join([name, *(f"{column}={values[column]}" for column in columns)])
 
 
 def _perfect(prompt: str, role: str) -> str:
     step = prompt.count("<|im_assistant|>") - 1
-    columns = re.findall(r"<\|im_middle\|>Find (.*?)\.(?:\n|<\|im_end\|>)", prompt)[0].split(", ")
-    names = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("\n")
-    names = names if role == "subagent" else names[2::2]  # a number stands before each
+    first, *lines = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("\n")
+    name, *columns = first.split("|")
+    names = [name] if role == "subagent" else lines[1::2]  # a number stands before each
     found = _returns(prompt)
     if role == "orchestrator":
         if step == 0:
-            create: dict[str, object] = {"name": "r", "system_prompt": f"Find {', '.join(columns)}."}
+            create: dict[str, object] = {"name": "r", "system_prompt": "Fill in the row."}
             return completion_text(calls=[("create_subagent", create)])
         if step == 1:
-            return completion_text(calls=[("assign_task", {"agent": "r", "prompt": name}) for name in names])
+            rows = ["|".join([name, *columns]) for name in names]
+            return completion_text(calls=[("assign_task", {"agent": "r", "prompt": row}) for row in rows])
         return completion_text("\n".join(found[1:]))
     pages = found[1::2]
     if len(pages) == len(names) or "<|im_middle|>Answer now.<|im_end|>" in prompt:
@@ -72,5 +73,4 @@ def _perfect(prompt: str, role: str) -> str:
     name = names[step // 2]
     if step % 2 == 0:
         return completion_text(calls=[("search", {"query": name})])
-    urls = dict(line.rsplit(" ", 1) for line in found[-1].split("\n"))
-    return completion_text(calls=[("open", {"url": urls.get(name, "absent")})])
+    return completion_text(calls=[("open", {"url": name if name in found[-1].split("\n") else "absent"})])

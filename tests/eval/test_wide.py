@@ -25,7 +25,7 @@ def test_held_out_jobs(jobs: list[Job]) -> None:
         assert all(split_of(page.title) == "heldout" for page in job.library.pages.values())
         pages = {page.title: page.text.split("\n") for page in job.library.pages.values()}
         for name, cells in job.task.gold.items():
-            assert all(f"- {column}: {value}" in pages[name] for column, value in cells.items())
+            assert all(f"|{column}={value}" in pages[name] for column, value in cells.items())
 
 
 def test_every_job_has_a_world_of_its_own_that_follows_from_the_seed(jobs: list[Job]) -> None:
@@ -50,7 +50,7 @@ async def test_a_perfect_swarm(
     assert result.parallelism == rows / 4
     assert result.summary() == {"item_f1": 1, "critical_steps": 6, "total_steps": 3 + 3 * rows / 4, "n": 4}
     for job, trace in zip(jobs, result.traces, strict=True):
-        assert tuple(child.messages[1].text for child in trace.children) == job.task.names
+        assert tuple(child.messages[1].text.split("|")[0] for child in trace.children) == job.task.names
 
 
 async def test_a_perfect_single_agent_within_a_budget(
@@ -91,7 +91,7 @@ def test_package_jobs_ask_for_real_metadata() -> None:
         assert job.task.gold == {name: records[name].values for name in job.task.names}
         assert {page.title for page in job.library.pages.values()} == set(records)
         for name in job.task.names:
-            assert all(f"- {field}: {records[name].values[field]}" in records[name].document.text for field in FIELDS)
+            assert all(f"|{field}={records[name].values[field]}" in records[name].document.text for field in FIELDS)
 
 
 async def test_a_perfect_swarm_finds_real_metadata(

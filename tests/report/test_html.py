@@ -75,13 +75,13 @@ def subagent(name: str, at: float, rng: np.random.Generator, extra: int = 0) -> 
     turns = [clock.turn(assistant(tool_calls=(search,)), tool_result(search.id, f"{name} 17\nToke Other 4"))]
     turns += [clock.turn(assistant(tool_calls=(opened,)), tool_result(opened.id, *page)) for _ in range(1 + extra)]
     turns.append(clock.turn(assistant(line(name), reasoning="the page has both")))
-    return trace("subagent", [system("Find age, colour."), user(name)], turns)
+    return trace("subagent", [system("Find name|age|colour"), user(name)], turns)
 
 
 def swarm(rng: np.random.Generator) -> Trace:
     """12 entities: a stage that creates, a stage of 8 subagents (the fourth is the longest), one of 4, the answer."""
     clock = Clock(0.0, rng)
-    create = call("create_subagent", 0, name="reader", system_prompt="Find age, colour.")
+    create = call("create_subagent", 0, name="reader", system_prompt="Find name|age|colour")
     turns = [clock.turn(assistant(tool_calls=(create,)), tool_result(create.id, "created reader"))]
     for first, cohort in ((0, NAMES[:8]), (8, NAMES[8:])):
         calls = tuple(call("assign_task", first + i, agent="reader", prompt=name) for i, name in enumerate(cohort))
@@ -92,7 +92,7 @@ def swarm(rng: np.random.Generator) -> Trace:
     table = [line(name) for name in NAMES[:-1]]
     table[1] = row(NAMES[1].upper(), GOLD[NAMES[1]] | {"age": "99"}, ("age", "colour"))
     turns.append(clock.turn(assistant("\n".join([*table, row("Nobody Known", {"age": "1"}, ("age",))]))))
-    return trace("orchestrator", [system("Tools: search."), user("Find age, colour.\n" + "\n".join(NAMES))], turns)
+    return trace("orchestrator", [system("Tools: search."), user("Find name|age|colour\n" + "\n".join(NAMES))], turns)
 
 
 def single(rng: np.random.Generator) -> Trace:
@@ -102,12 +102,12 @@ def single(rng: np.random.Generator) -> Trace:
         turns.append(clock.turn(assistant(tool_calls=(search,)), tool_result(search.id, f"{name} 17")))
         turns.append(clock.turn(assistant(tool_calls=(opened,)), tool_result(opened.id, f"age: {GOLD[name]['age']}")))
     turns.append(clock.turn(assistant("\n".join(line(name) for name in NAMES[:4]))))
-    return trace("agent", [user("Find age, colour.\n" + "\n".join(NAMES))], turns)
+    return trace("agent", [user("Find name|age|colour\n" + "\n".join(NAMES))], turns)
 
 
 def run_file(run: Trace, f1: float) -> dict[str, Any]:
     pictures = {key: data_uris(media) for key, media in media_by_hash(run).items()}
-    task = {"prompt": "Find age, colour.\n" + "\n".join(NAMES), "columns": ["age", "colour"], "gold": GOLD}
+    task = {"prompt": "Find name|age|colour\n" + "\n".join(NAMES), "columns": ["age", "colour"], "gold": GOLD}
     return {
         "task": task, "item_f1": f1, "critical_steps": critical_steps(run), "trace": run.to_json(), "media": pictures,
     }  # fmt: skip

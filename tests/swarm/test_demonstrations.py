@@ -20,7 +20,7 @@ from baltoro.chat.messages import Image, Message
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.score.table import item_f1, parse_table
-from baltoro.swarm.demonstrations import NOTICE, SUBAGENT, SWARM_PROMPT, Demonstrator
+from baltoro.swarm.demonstrations import NOTICE, SUBAGENT, SUBAGENT_PROMPT, SWARM_PROMPT, Demonstrator
 from baltoro.swarm.wide import Library, Mode, WideRules, solve
 from baltoro.tools.python import Python, Sandbox, SandboxUnavailable
 from baltoro.world.entities import World
@@ -75,24 +75,23 @@ def returns(prompt: str) -> list[str]:
 
 
 def reads_its_page(prompt: str) -> str:
-    """A subagent that works from what it sees alone: its instruction, the hits, the page."""
-    columns = re.findall(r"<\|im_middle\|>Find (.*?)\.<\|im_end\|>", prompt)[0].split(", ")
-    name = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0]
+    """A subagent that works from what it sees alone: the row to fill in, the hits, the page."""
+    name, *columns = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("|")
     found = returns(prompt)
     if not found:
         return completion_text(calls=[("search", {"query": name})])
     if len(found) == 1:
-        urls = dict(line.rsplit(" ", 1) for line in found[0].split("\n"))
-        return completion_text(calls=[("open", {"url": urls[name]})])
-    facts = dict(line.removeprefix("- ").split(": ", 1) for line in found[1].split("\n")[1:])
-    return completion_text(" | ".join([name, *(f"{column}: {facts[column]}" for column in columns)]))
+        [url] = [line for line in found[0].split("\n") if line == name]
+        return completion_text(calls=[("open", {"url": url})])
+    facts = dict(line.removeprefix("|").split("=", 1) for line in found[1].split("\n")[1:])
+    return completion_text("|".join([name, *(f"{column}={facts[column]}" for column in columns)]))
 
 
 def asked(messages: Sequence[Message], world: World) -> WideSearch:
     """The task that the demonstration's user states, with gold answers from the world."""
     head, *lines = messages[1].text.split("\n")
     names = lines[1::2]  # a number stands before each
-    columns = tuple(head.removeprefix("Find ").removesuffix(".").split(", "))
+    columns = tuple(head.removeprefix("Find name|").split("|"))
     facts = {entity.name: entity.attributes for kind in world.kinds for entity in kind.entities}
     return WideSearch(tuple(names), columns, {name: {c: facts[name][c] for c in columns} for name in names})
 
@@ -201,19 +200,20 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
 
 
 def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]) -> None:
-    """The instruction and the task have the same form in both demonstrations."""
-    form = re.compile(r"Find [\w-]+(, [\w-]+){1,2}\.")
+    """The instruction and the task have the same form in both demonstrations: a row with its values left out."""
+    form = re.compile(r"[^|\n]+(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
-        assert form.fullmatch(messages[0].text)
-        assert len(messages[1].text.split("\n")) == 1
+        assert messages[0].text == SUBAGENT_PROMPT
+        assert form.fullmatch(messages[1].text)
     for messages in drawn(experts, "orchestrator", 20):
         [create] = messages[2].tool_calls
         asked_for, *lines = messages[1].text.split("\n")
         names = lines[1::2]
-        assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{asked_for}"}}'
+        assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{SUBAGENT_PROMPT}"}}'
         assigned = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
         assert [call.arguments for call in assigned] == [
-            f'{{"agent":"{SUBAGENT}","prompt":"{name}"}}' for name in names[: len(assigned)]
+            f'{{"prompt":"{asked_for.replace("Find name", name)}","agent":"{SUBAGENT}"}}'
+            for name in names[: len(assigned)]
         ]
 
 
@@ -297,10 +297,9 @@ def test_an_answer_holds_what_was_seen_and_nothing_else(experts: list[Demonstrat
         world = experts[seed % len(experts)].world
         final = messages[-1].text
         if final == "not found":
-            assert messages[1].text not in {document.title for document in world.documents}
+            assert messages[1].text.split("|")[0] not in {document.title for document in world.documents}
             continue
-        [wanted] = re.findall(r"^Find (.*)\.$", f"{messages[0].text}\n{messages[1].text}", re.MULTILINE)
-        columns = wanted.split(", ")
+        columns = messages[1].text.split("\n")[0].split("|")[1:]
         facts = {entity.name: entity.attributes for k in world.kinds for entity in k.entities}
         seen = [m.text for m in messages if m.role == "tool"]
         rows = parse_table(final, columns)
@@ -320,7 +319,7 @@ def test_only_pages_that_the_search_found_are_opened(experts: list[Demonstrator]
             for call in message.tool_calls:
                 if call.name == "open":
                     url = call.arguments.removeprefix('{"url":"').removesuffix('"}')
-                    assert url in [line.rsplit(" ", 1)[1] for line in before.text.split("\n")]
+                    assert url in before.text.split("\n")
                     opened += 1
     assert opened > 50
 

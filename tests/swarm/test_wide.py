@@ -20,11 +20,10 @@ NAMES = ("Ada Frostby", "Bo Larkwood", "Cy Mosston", "Di Thornlow")
 GOLD = {name: {"metal": f"m{i}", "age": f"{20 + i}"} for i, name in enumerate(NAMES)}
 TASK = WideSearch(NAMES, ("metal", "age"), GOLD)
 PAGES = [
-    Document(str(7 + i), name, (f"{name}\n- age: {20 + i}\n- river: r{i}\n- metal: m{i}",))
-    for i, name in enumerate(NAMES)
+    Document(str(7 + i), name, (f"{name}\n|age={20 + i}\n|river=r{i}\n|metal=m{i}",)) for i, name in enumerate(NAMES)
 ]
 RULES = WideRules(max_context_tokens=100_000, max_turn_tokens=10_000, subagent_turn_tokens=1000)
-ROWS = {name: f"{name} | metal: m{i} | age: {20 + i}" for i, name in enumerate(NAMES)}
+ROWS = {name: f"{name}|metal=m{i}|age={20 + i}" for i, name in enumerate(NAMES)}
 Call = tuple[str, dict[str, object]]
 
 
@@ -50,13 +49,13 @@ def open_page(name: str) -> str:
 
 def noted(pages: list[str]) -> str:
     """A row for each page that was opened."""
-    facts = [(page.split("\n")[0], dict(line[2:].split(": ") for line in page.split("\n")[1:])) for page in pages]
-    return "\n".join(f"{name} | age: {fact['age']} | metal: {fact['metal']}" for name, fact in facts)
+    facts = [(page.split("\n")[0], dict(line[1:].split("=") for line in page.split("\n")[1:])) for page in pages]
+    return "\n".join(f"{name}|age={fact['age']}|metal={fact['metal']}" for name, fact in facts)
 
 
 def alone(prompt: str, role: str) -> str:
     """Searches and opens one name after another; answers when it has all or when it is told to."""
-    opened = [text for text in returns(prompt) if "\n- " in text]
+    opened = [text for text in returns(prompt) if "\n|" in text]
     if told(prompt) or len(opened) == len(NAMES):
         return completion_text(noted(opened))
     step = turn(prompt)
@@ -72,7 +71,7 @@ def reader(prompt: str, role: str) -> str:
 def lead(*stages: tuple[str, ...], first: str = "") -> Script:
     """Creates the reader (and, where `first` is given, assigns it in the same turn), then a stage a turn; in the end
     it answers with all that came back."""
-    create: Call = ("create_subagent", {"name": "reader", "system_prompt": "Find metal, age."})
+    create: Call = ("create_subagent", {"name": "reader", "system_prompt": "Find name|metal|age"})
 
     def assign(name: str) -> Call:
         return "assign_task", {"agent": "reader", "prompt": name}
@@ -137,13 +136,13 @@ async def test_a_perfect_orchestrator(
 ) -> None:
     for budget in (None, critical):  # exactly its cost is enough
         trace = await solver("swarm", script, budget)
-        assert trace.final_text == "\n".join(f"{n} | age: {GOLD[n]['age']} | metal: {GOLD[n]['metal']}" for n in NAMES)
+        assert trace.final_text == "\n".join(f"{n}|age={GOLD[n]['age']}|metal={GOLD[n]['metal']}" for n in NAMES)
         assert trace.signals["perf"] == 1
         assert trace.signals["parallel"] == pytest.approx(parallel)
         assert (critical_steps(trace), total_steps(trace)) == (critical, total)
         assert (trace.role, trace.trainable) == ("orchestrator", True)
         assert {(child.role, child.trainable) for child in trace.children} == {("subagent", False)}
-        assert all(child.messages[0].text == "Find metal, age." for child in trace.children)
+        assert all(child.messages[0].text == "Find name|metal|age" for child in trace.children)
 
 
 async def test_a_perfect_single_agent(solver: Solver) -> None:
@@ -197,7 +196,7 @@ async def test_subagents_keep_their_own_bound(solver: Solver) -> None:
 
 async def test_wrong_cells_count_against_the_answer(solver: Solver) -> None:
     # 3 of 8 cells right, 4 given: F1 = 2 * 3 / (4 + 8).
-    answer = f"{ROWS[NAMES[0]]}\n{NAMES[1]} | metal: M1 | age: 99\nnobody was sure of the rest"
+    answer = f"{ROWS[NAMES[0]]}\n{NAMES[1]}|metal=M1|age=99\nnobody was sure of the rest"
     trace = await solver("single", lambda prompt, role: completion_text(answer))
     assert trace.signals["perf"] == pytest.approx(2 * 3 / (4 + 8))
 

@@ -53,7 +53,7 @@ def test_a_page_states_every_field_in_a_line_of_its_own(records: list[PackageRec
         lines = record.document.text.split("\n")
         assert lines[0] == record.name == record.document.title
         for field in FIELDS:
-            assert [line for line in lines if line.startswith(f"- {field}: ")] == [f"- {field}: {record.values[field]}"]
+            assert [line for line in lines if line.startswith(f"|{field}=")] == [f"|{field}={record.values[field]}"]
         assert max(map(len, lines)) < 100
 
 

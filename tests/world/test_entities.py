@@ -48,15 +48,15 @@ def test_held_out_names_stand_on_no_training_page(worlds: dict[str, list[World]]
 def test_every_entity_has_one_page_with_its_facts(worlds: dict[str, list[World]]) -> None:
     for world in [*worlds["train"], *worlds["heldout"]]:
         entities = [entity for kind in world.kinds for entity in kind.entities]
-        assert [document.url for document in world.documents] == [str(i) for i in range(80)]
+        assert all(document.url == document.title for document in world.documents)
         pages = {document.title: document.text.split("\n") for document in world.documents}
         assert len(pages) == len(entities) == 80
         for kind in world.kinds:
             for entity in kind.entities:
                 title, *facts = pages[entity.name]
                 assert title == entity.name
-                stated = [fact.removeprefix("- ").partition(": ") for fact in facts]
-                assert all(fact.startswith("- ") for fact in facts)
+                stated = [fact.removeprefix("|").partition("=") for fact in facts]
+                assert all(fact.startswith("|") for fact in facts)
                 assert {key: value for key, _, value in stated} == entity.attributes
                 assert len(stated) == len(entity.attributes)
                 assert set(kind.keys) <= entity.attributes.keys()

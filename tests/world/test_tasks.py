@@ -34,7 +34,7 @@ def test_the_pages_state_the_gold_answer(
     pages = {document.title: document.text.split("\n") for document in world.documents}
     for name, cells in task.gold.items():
         assert set(cells) == set(task.columns)
-        assert all(f"- {column}: {value}" in pages[name] for column, value in cells.items())
+        assert all(f"|{column}={value}" in pages[name] for column, value in cells.items())
 
 
 def test_every_size_and_every_kind_is_asked_for() -> None:
@@ -50,7 +50,7 @@ def test_every_size_and_every_kind_is_asked_for() -> None:
 def test_the_prompt() -> None:
     gold = {"Bel Stanby": {"age": "20", "metal": "abnel"}, "Ok Rudton": {"age": "31", "metal": "tuvey"}}
     task = WideSearch(("Bel Stanby", "Ok Rudton"), ("metal", "age"), gold)
-    assert task.prompt == "Find metal, age.\n1\nBel Stanby\n2\nOk Rudton"
+    assert task.prompt == "Find name|metal|age\n1\nBel Stanby\n2\nOk Rudton"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -60,10 +60,10 @@ def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> No
     first, *lines = task.prompt.split("\n")
     assert tuple(lines[1::2]) == task.names
     assert lines[::2] == [str(i + 1) for i in range(len(task.names))]
-    assert first == f"Find {', '.join(task.columns)}."
+    assert first == f"Find name|{'|'.join(task.columns)}"
 
 
 def test_a_row() -> None:
     assert row("Bel Stanby", {"age": "20", "metal": "abnel", "x": "?"}, ("metal", "age")) == (
-        "Bel Stanby | metal: abnel | age: 20"
+        "Bel Stanby|metal=abnel|age=20"
     )

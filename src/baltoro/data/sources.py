@@ -8,7 +8,7 @@ from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
-from baltoro.world.tasks import row
+from baltoro.world.tasks import numbered, row
 from baltoro.world.vision import VISION_TASKS, VisionExample
 
 _VISION = list(VISION_TASKS.values())
@@ -33,20 +33,22 @@ class Sources:
         return TokenSequence(ids, [], [1] * len(ids))
 
     def restated(self, rng: random.Random, world: World) -> TokenSequence:
-        """Facts and the same facts again in another order or form: a page and its lines shuffled, a table and its
-        rows shuffled, a list and its copy. Only the second time is a target, for only then the text is known."""
+        """Facts and the same facts again in another order or form: a page and its lines shuffled, a table's rows in the
+        order of a numbered list, a numbered list and its copy. Only the second time is a target, for only then the text
+        is known."""
         kind = rng.choice(world.kinds)
-        chosen = rng.sample(kind.entities, rng.randint(2, 10))
+        chosen = rng.sample(kind.entities, rng.randint(2, 16))
         form = rng.random()
         if form < 0.2:
             page = chosen[0].page.split("\n")
             first, second = page, rng.sample(page[1:], len(page) - 1)
         elif form < 0.9:
             columns = tuple(rng.sample(kind.keys, rng.randint(1, 3)))
-            first = [row(e.name, e.attributes, columns) for e in chosen]
-            second = rng.sample(first, len(first))
+            rows = [row(e.name, e.attributes, columns) for e in chosen]
+            first = [numbered(e.name for e in chosen), *rng.sample(rows, len(rows))]
+            second = [numbered(rows)]
         else:
-            first = second = [e.name for e in chosen]
+            first = second = [numbered(e.name for e in chosen)]
         known, again = ("\n".join(lines) + "\n" for lines in (first, second))
         before, after = self.tokenizer.encode(known), self.tokenizer.encode(again)
         return TokenSequence(before + after, [], [0] * len(before) + [1] * len(after))

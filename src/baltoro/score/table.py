@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 
 def parse_table(text: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Lines `name | column: value | ...`, cells in any order; columns that were not asked for are left out, and of two
+    """Lines `name|column=value|...`, cells in any order; columns that were not asked for are left out, and of two
     rows or cells with one name the first counts."""
     table: dict[str, dict[str, str]] = {}
     for line in text.splitlines():
@@ -12,8 +12,8 @@ def parse_table(text: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
         if name and cells and name not in table:
             row = table[name] = {}
             for cell in cells:
-                column, colon, value = cell.partition(":")
-                if colon and column.strip() in columns:
+                column, equals, value = cell.partition("=")
+                if equals and column.strip() in columns:
                     row.setdefault(column.strip(), value.strip())
     return table
 

@@ -9,13 +9,14 @@ from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_res
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
-from baltoro.world.tasks import WideSearch, numbered, row, wide_search
+from baltoro.world.tasks import numbered, row, template, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
 PYTHON_PROMPT = "Tools: python."
 NOTICE = "Answer now."
 SUBAGENT = "reader"
+SUBAGENT_PROMPT = "Fill in the row."
 HITS = 2
 _BOX_CODE = """import numpy as np
 im = np.load('image.npy').astype(int)
@@ -31,17 +32,16 @@ class Demonstrator:
         self.world = world
         self.index = SearchIndex.build(world.documents)
         self.pages = {document.url: document for document in world.documents}
-        self.urls = {document.title: document.url for document in world.documents}
 
     def subagent(self, rng: random.Random) -> list[Message]:
         """One entity: search, open, answer with one row; `not found` for an entity that no page is about."""
         task = wide_search(rng, self.world, 1, 1)
         name = task.names[0]
-        messages = [system(_instruction(task)), user(name)]
+        messages = [system(SUBAGENT_PROMPT), user(template(name, task.columns))]
         if rng.random() < 0.05:
             other = rng.choice(self.world.kinds).entities
             name = " ".join(w[::-1] for w in rng.choice(other).name.split())
-            messages = [system(_instruction(task)), user(name)]
+            messages = [system(SUBAGENT_PROMPT), user(template(name, task.columns))]
             self._search(messages, 0, name)
             return [*messages, assistant("not found")]
         self._search(messages, 0, name)
@@ -59,7 +59,7 @@ class Demonstrator:
         cut = rng.randrange(2 * len(task.names)) if rng.random() < 0.3 else None
         note = ""
         for i, name in enumerate(task.names):
-            self._search(messages, 2 * i, name, f"{note}{i + 1}\n{name}")
+            self._search(messages, 2 * i, name, f"{note}{i + 1}\n{template(name, task.columns)}")
             note = ""
             if cut == 2 * i:
                 break
@@ -80,7 +80,7 @@ class Demonstrator:
         task = wide_search(rng, self.world, low, high)
         width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
         messages = [system(SWARM_PROMPT), user(task.prompt)]
-        create = _call("create_subagent", 0, name=SUBAGENT, system_prompt=_instruction(task))
+        create = _call("create_subagent", 0, name=SUBAGENT, system_prompt=SUBAGENT_PROMPT)
         messages += [assistant(tool_calls=(create,)), tool_result(create.id, f"created {SUBAGENT}")]
         names = list(task.names)
         if rng.random() < 0.2:
@@ -88,7 +88,8 @@ class Demonstrator:
         for begin in range(0, len(names), width):
             cohort = names[begin : begin + width]
             calls = tuple(
-                _call("assign_task", 1 + begin + i, agent=SUBAGENT, prompt=name) for i, name in enumerate(cohort)
+                _call("assign_task", 1 + begin + i, prompt=template(name, task.columns), agent=SUBAGENT)
+                for i, name in enumerate(cohort)
             )
             messages.append(assistant(tool_calls=calls))
             for call, name in zip(calls, cohort, strict=True):
@@ -121,14 +122,9 @@ class Demonstrator:
         messages.append(tool_result(call.id, hit_lines(self.index.search(query, HITS))))
 
     def _open(self, messages: list[Message], index: int, name: str) -> None:
-        url = self.urls[name]
-        call = _call("open", index, url=url)
+        call = _call("open", index, url=name)
         messages.append(assistant(tool_calls=(call,)))
-        messages.append(tool_result(call.id, *self.pages[url].body))
-
-
-def _instruction(task: WideSearch) -> str:
-    return f"Find {', '.join(task.columns)}."
+        messages.append(tool_result(call.id, *self.pages[name].body))
 
 
 def _call(tool: str, index: int, **arguments: str) -> ToolCall:

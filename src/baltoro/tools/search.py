@@ -55,7 +55,7 @@ class SearchIndex:
 
 
 class Search:
-    """search(query): one line `{title} {url}` per hit."""
+    """search(query): one line per hit."""
 
     spec = ToolSpec(
         "search",
@@ -74,5 +74,5 @@ class Search:
 
 
 def hit_lines(hits: Sequence[Hit]) -> str:
-    """What the model sees of a search."""
-    return "\n".join(f"{hit.title} {hit.url}" for hit in hits) or "no results"
+    """What the model sees of a search: title and url, once where they are the same."""
+    return "\n".join(hit.url if hit.url == hit.title else f"{hit.title} {hit.url}" for hit in hits) or "no results"

@@ -95,9 +95,7 @@ def installed_packages() -> list[PackageRecord]:
         seen.add(name.lower())
         values = {label: first.get(label, "") for label in FIELDS}
         if name and all(value and len(value) <= 40 for value in values.values()):
-            lines = [name, *(f"- {label}: {value[:80]}" for label, value in first.items() if label in _SHOWN)]
+            lines = [name, *(f"|{label}={value[:80]}" for label, value in first.items() if label in _SHOWN)]
             found.append((name, values, "\n".join(lines)))
     found.sort(key=lambda record: record[0].lower())
-    return [
-        PackageRecord(name, values, Document(str(url), name, (page,))) for url, (name, values, page) in enumerate(found)
-    ]
+    return [PackageRecord(name, values, Document(name, name, (page,))) for name, values, page in found]

@@ -24,8 +24,8 @@ class Entity:
 
     @property
     def page(self) -> str:
-        """Its name, then one attribute a line: `- key: value`."""
-        return "\n".join([self.name, *(f"- {key}: {value}" for key, value in self.attributes.items())])
+        """Its name, then one attribute a line: `|key=value`."""
+        return "\n".join([self.name, *(f"|{key}={value}" for key, value in self.attributes.items())])
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Kind:
 
 
 class World:
-    """`kinds` of entities, and their pages with urls "0", "1", ..."""
+    """`kinds` of entities, and their pages; a page's url is its entity's name."""
 
     def __init__(self, seed: int, split: Split, people_kinds: int = 3, package_kinds: int = 1, per_kind: int = 20):
         rng = random.Random(f"world {seed} {split}")
@@ -55,7 +55,7 @@ class World:
             self.kinds.append(Kind(keys, tuple(entities)))
         pages = [entity for kind in self.kinds for entity in kind.entities]
         rng.shuffle(pages)
-        self.documents = [Document(str(url), entity.name, (entity.page,)) for url, entity in enumerate(pages)]
+        self.documents = [Document(entity.name, entity.name, (entity.page,)) for entity in pages]
 
 
 def _person(rng: random.Random, name: str, keys: Sequence[str]) -> Entity:

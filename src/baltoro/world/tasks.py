@@ -1,7 +1,7 @@
 """Agent tasks on a world, each with its gold answer: wide search, deep search."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from baltoro.world.entities import Entity, World
@@ -21,7 +21,7 @@ class WideSearch:
     @property
     def prompt(self) -> str:
         """Says what is wanted and nothing of how to go about it."""
-        return f"Find {', '.join(self.columns)}.\n{numbered(self.names)}"
+        return f"Find {template('name', self.columns)}\n{numbered(self.names)}"
 
 
 def wide_search(rng: random.Random, world: World, low: int, high: int, columns: tuple[int, int] = (2, 3)) -> WideSearch:
@@ -39,6 +39,12 @@ def numbered(lines: Iterable[str]) -> str:
     return "\n".join(f"{number}\n{line}" for number, line in enumerate(lines, 1))
 
 
-def row(name: str, values: dict[str, str], columns: tuple[str, ...]) -> str:
-    """One line of a table: `name | column: value | column: value`."""
-    return " | ".join((name, *(f"{column}: {values[column]}" for column in columns)))
+def template(name: str, columns: Sequence[str]) -> str:
+    """A row to be filled in: `name|column|column`."""
+    return "|".join((name, *columns))
+
+
+def row(name: str, values: dict[str, str], columns: Sequence[str]) -> str:
+    """One line of a table: `name|column=value|column=value`. Sign and word are one token, so that what follows a column
+    follows it in the page as well: a value is found by its column alone, and a row goes on by its last two tokens."""
+    return name + "".join(f"|{column}={values[column]}" for column in columns)
