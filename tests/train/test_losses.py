@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from baltoro.model.config import NANO
 from baltoro.model.init import initialise
 from baltoro.model.kimi import Batch, KimiK25
 from baltoro.model.packed import Segments
-from baltoro.train.losses import head_cross_entropy, next_token_loss, siglip_loss
+from baltoro.train.losses import head_cross_entropy, head_logprobs, next_token_loss, siglip_loss
 from baltoro.train.packing import pack
 
 
@@ -48,17 +49,38 @@ def test_next_token_loss_is_the_mean_over_marked_tokens_of_every_document_alone(
 
 
 @pytest.mark.parametrize("rows", [1, 1024, 2500])
-def test_head_cross_entropy_is_the_plain_one_with_its_gradients(rows: int) -> None:
-    """In float64, below, at and beyond the rows of one block; the loss is scaled, as by a mean over micro-batches."""
+def test_blocks_through_the_head_equal_the_whole_with_its_gradients(rows: int) -> None:
+    """In float64, below, at and beyond the rows of one block; the loss is scaled, as by a mean over micro-batches, and
+    every log-probability has a weight of its own, as from Eq. 1."""
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
     weight = torch.randn(11, 6, generator=generator, dtype=torch.float64)
     targets = torch.randint(11, (rows,), generator=generator)
-    results: list[tuple[torch.Tensor, ...]] = []
-    for loss in (
+    slopes = torch.randn(rows, generator=generator, dtype=torch.float64)
+
+    def whole(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (h @ w.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+    _assert_same(
+        hidden,
+        weight,
         lambda h, w: head_cross_entropy(h, w, targets),
-        lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, targets),
-    ):
+        lambda h, w: -whole(h, w).mean(),
+    )
+    _assert_same(
+        hidden,
+        weight,
+        lambda h, w: (head_logprobs(h, w, targets) * slopes).sum(),
+        lambda h, w: (whole(h, w) * slopes).sum(),
+    )
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _assert_same(hidden: torch.Tensor, weight: torch.Tensor, *losses: Loss) -> None:
+    results: list[tuple[torch.Tensor, ...]] = []
+    for loss in losses:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         value = loss(h, w)
         (value * 0.3).backward()

@@ -9,6 +9,7 @@ from baltoro.chat.messages import TokenSequence
 from baltoro.model.kimi import KimiK25
 from baltoro.optim.muon import MuonAdamW
 from baltoro.rl.objective import ObjectiveConfig, policy_loss
+from baltoro.train.losses import head_logprobs
 from baltoro.train.packing import pack
 from baltoro.train.stage import after_step
 
@@ -49,8 +50,8 @@ def update(
     loss = outside = mismatch = 0.0
     for micro in _micro_batches(samples, micro_tokens):
         batch = pack([s.sequence for s in micro], model.config.vision.patch_size)
-        logits = model.logits(model(batch.batch).index_select(0, batch.sources)).float()
-        logprobs = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+        hidden = model(batch.batch).index_select(0, batch.sources)
+        logprobs = head_logprobs(hidden, model.language_model.lm_head.weight, batch.targets)
         marked = [
             (p, s.advantage) for s in micro for p, m in zip(s.engine_logprobs, s.sequence.loss_mask, strict=True) if m
         ]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from baltoro.model.kimi import KimiK25
 from baltoro.model.layers import wide
@@ -26,6 +27,18 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     without ever holding the logits of more than _ROWS rows."""
     loss: Tensor = _HeadCrossEntropy.apply(hidden, weight, targets)  # pyright: ignore[reportAssignmentType]
     return loss
+
+
+def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [M], in the wide dtype, of targets int64 [M] given hidden [M, dim] through the output head
+    weight [vocab, dim]. The logits of a block of _ROWS rows are computed again in the backward pass, never all held."""
+
+    def block(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = (rows @ weight.to(rows.dtype).T).to(wide(rows.dtype))
+        return logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+
+    blocks = zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
+    return torch.cat([checkpoint(block, rows, wanted, use_reentrant=False) for rows, wanted in blocks])
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
