@@ -36,11 +36,21 @@ class Sampled:
     logprob: float
 
 
+class Overloaded(Exception):
+    """The engine has too much to do and took nothing on (HTTP 429). It asks to be left alone for `retry_after_s`."""
+
+    def __init__(self, retry_after_s: float = 0.0) -> None:
+        super().__init__(f"the engine is overloaded, retry after {retry_after_s:g} s")
+        self.retry_after_s = retry_after_s
+
+
 class Engine(Protocol):
     """Anything that continues a token sequence. Stops at <|im_end|> or after `max_tokens`."""
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
-        """`role` names the policy that speaks (orchestrator, subagent, ...), so that one engine may serve several."""
+        """`role` names the policy that speaks (orchestrator, subagent, ...), so that one engine may serve several.
+
+        Raises Overloaded, ConnectionError or TimeoutError for what another attempt may cure."""
         ...
 
 
