@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from baltoro.agent.engine import Engine
 from baltoro.agent.loop import derive_seed
@@ -18,6 +17,7 @@ from baltoro.chat.messages import TokenSequence
 from baltoro.model.kimi import KimiK25
 from baltoro.rl.objective import ObjectiveConfig, group_advantages
 from baltoro.rl.update import Sample, UpdateReport, update
+from baltoro.rollout.manager import Ended, ManagerConfig, RolloutManager, Running
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import trim_memory
 from baltoro.train.stage import optimizer_for
@@ -104,30 +104,21 @@ def run_rl(
 
 
 async def _roll_out(engine: LocalEngine, config: RLConfig, rollout: Rollout, seed: int) -> list[list[Trace]]:
-    async def episode(group: int, k: int) -> Trace:
+    manager = RolloutManager(engine, ManagerConfig())
+
+    async def submit(group: int, k: int) -> Running:
         task = derive_seed(seed, group)
-        return await rollout(engine, task, derive_seed(task, k))
+        return await manager.submit(f"{group}/{k}", lambda episode: rollout(episode, task, derive_seed(task, k)))
 
-    async with engine.run():
-        traces = await gather_grid([[episode(g, k) for k in range(config.rollouts)] for g in range(config.tasks)])
-    for trace in (t for group in traces for t in group):
-        if trace.status == "failed":  # the engine is ours: its failure is no property of the policy
-            raise RuntimeError(f"a rollout failed: {trace.error}")
-    return traces
+    async with engine.run(), manager.run():
+        running = [[await submit(g, k) for k in range(config.rollouts)] for g in range(config.tasks)]
+        return [[_trace(await episode.ended()) for episode in group] for group in running]
 
 
-T = TypeVar("T")
-
-
-async def gather_grid(grid: list[list[Awaitable[T]]]) -> list[list[T]]:
-    """All at once; a failure (ours, not a model's) cancels the rest."""
-
-    async def wait(job: Awaitable[T]) -> T:
-        return await job
-
-    async with asyncio.TaskGroup() as group:
-        running = [[group.create_task(wait(job)) for job in row] for row in grid]
-    return [[task.result() for task in row] for row in running]
+def _trace(ended: Ended) -> Trace:
+    if ended.trace is None or ended.outcome == "failed":  # the engine is ours: its failure is no property of the policy
+        raise RuntimeError(f"a rollout failed: {ended.error or (ended.trace and ended.trace.error)}") from ended.error
+    return ended.trace
 
 
 def _samples(group: list[tuple[Trace, float]]) -> list[Sample]:
