@@ -91,7 +91,8 @@ def test_no_tree_of_agents_deadlocks(forest: list[Tree], calls: int, judges: int
     def rollout(tree: Tree) -> Rollout:
         async def whole(episode: Episode) -> Trace:
             nonlocal turns
-            turns += await agent(episode, tree)
+            taken = await agent(episode, tree)
+            turns += taken
             return trace()
 
         return whole
