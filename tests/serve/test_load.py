@@ -56,7 +56,7 @@ def run_folder(model: KimiK25, tmp_path_factory: pytest.TempPathFactory) -> Path
     """What a recipe leaves: the stages sft and rl are finished, parl is not."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     (folder / "checkpoints").mkdir(parents=True)
-    settings = config.load(NANO_TOML, [f"folder={folder}"], RecipeConfig)
+    settings = config.load(NANO_TOML, [f"folder={folder}", "agents.rules.max_context_tokens=1024"], RecipeConfig)
     (folder / "config.json").write_text(json.dumps(config.dump(settings)))
     (folder / "results.json").write_text(json.dumps({"stages": {"sft": {}, "rl": {}}}))
     T.save(folder / "tokenizer.tiktoken")
@@ -84,7 +84,7 @@ def test_a_run_folder_and_the_released_layout_serve_the_same_model(
     T.save(tmp_path / "tiktoken.model")
     settings = ServeConfig(threads=1, dtype="float32")
     run, release = open_run(run_folder, settings), open_release(tmp_path, settings)
-    assert (run.context, release.context) == (2048, 2048)
+    assert (run.context, release.context) == (1024, 2048)
     assert _greedy(run) == _greedy(release)
     # Pictures of the recipe are smaller than the release's; patches are the tower's.
     assert (run.media.patch_limit, release.media.patch_limit) == (256, 16384)
