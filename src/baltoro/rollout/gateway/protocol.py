@@ -170,7 +170,9 @@ class ChatRequest(_Model):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+        if not isinstance(fields, dict):
+            return fields
+        return {k: v for k, v in cast(dict[str, Any], fields).items() if v is not None}
 
     @field_validator("tool_choice")
     @classmethod

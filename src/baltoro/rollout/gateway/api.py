@@ -11,7 +11,7 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,9 @@ from baltoro.agent.loop import derive_seed
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.render import TooLong, render
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.serve.completion import Choice, Job, Step, speak
-from baltoro.serve.dialogue import read_messages, read_tools
-from baltoro.serve.protocol import ApiError, ChatRequest, read_request
+from baltoro.rollout.gateway.completion import Choice, Job, Step, speak
+from baltoro.rollout.gateway.dialogue import read_messages, read_tools
+from baltoro.rollout.gateway.protocol import ApiError, ChatRequest, read_request
 
 _log = logging.getLogger(__name__)
 _PREPARED_AT_ONCE = 2
@@ -142,7 +142,7 @@ class Api:
             return await self._answer(request, job)
 
     @contextmanager
-    def _counted(self) -> Iterator[Callable[[int], None]]:
+    def _counted(self) -> Generator[Callable[[int], None]]:
         """Gives a function that admits so many completions more, until the end of the block."""
         held = 0
 

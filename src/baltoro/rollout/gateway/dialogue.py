@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from baltoro.chat.decode import decode_image
 from baltoro.chat.messages import Image, Message, Part, ToolCall, ToolSpec, Video
 from baltoro.chat.schema import check_schema
-from baltoro.serve.protocol import (
+from baltoro.rollout.gateway.protocol import (
     AnyPart,
     AnyTurn,
     ApiError,
@@ -30,7 +30,7 @@ def read_tools(tools: Sequence[FunctionTool]) -> list[ToolSpec]:
     specs: list[ToolSpec] = []
     for i, tool in enumerate(tools):
         function = tool.function
-        parameters = {"type": "object", **(function.parameters or {})}
+        parameters: dict[str, object] = {"type": "object", **(function.parameters or {})}
         if any(spec.name == function.name for spec in specs):
             raise ApiError(400, f"two tools have the name {function.name}", param=f"tools.{i}.function.name")
         try:
