@@ -1,13 +1,14 @@
-"""An OpenAI-compatible server on a streaming engine: /v1/chat/completions, /v1/models, /health.
+"""The gateway over HTTP: chat completions on a streaming engine, and sessions that record them.
 
-A request lives as long as its connection: when the client leaves, its handler is cancelled and the engine drops the
-work. The engine computes on this event loop, so whatever takes long here is done in threads.
+`/v1/...` answers and records nothing; `/sessions/{id}/v1/...` answers alike and records every call. A request lives as
+long as its connection: when the client leaves, its handler is cancelled and the engine drops the work. The engine may
+compute on this event loop, so whatever takes long here is done in threads.
 """
 
 import asyncio
 import hmac
-import json
 import logging
+import re
 import secrets
 import signal
 import time
@@ -20,15 +21,27 @@ from aiohttp import web
 
 from baltoro.agent.engine import Sampling, StreamingEngine
 from baltoro.agent.loop import derive_seed
+from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
-from baltoro.chat.render import TooLong, render
+from baltoro.chat.messages import TokenSequence
+from baltoro.chat.render import TooLong
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.rollout.gateway.completion import Choice, Job, Step, speak
-from baltoro.rollout.gateway.dialogue import read_messages, read_tools
-from baltoro.rollout.gateway.protocol import ApiError, ChatRequest, read_request
+from baltoro.rollout.gateway.answer import Choice, Job, Step, speak
+from baltoro.rollout.gateway.chat import Chat
+from baltoro.rollout.gateway.chat_request import ChatRequest
+from baltoro.rollout.gateway.dialect import Dialect
+from baltoro.rollout.gateway.dialogue import Dialogue, media_fault, read_dialogue, read_tools
+from baltoro.rollout.gateway.errors import ApiError, read_object
+from baltoro.rollout.gateway.graph import Place, Session
+from baltoro.rollout.gateway.rendering import Rendering
+from baltoro.rollout.gateway.said import BrokenMedia, Said, Setting
+from baltoro.rollout.gateway.store import MemoryStore, Store
+from baltoro.rollout.gateway.traces import session_traces
 
 _log = logging.getLogger(__name__)
 _PREPARED_AT_ONCE = 2
+_DIALECTS: dict[str, Dialect] = {"chat/completions": Chat()}
+_SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -45,14 +58,38 @@ class ApiConfig:
     api_key: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A request that was read. session, place: where it is recorded, None where it is not."""
+
+    dialect: Dialect
+    request: ChatRequest
+    dialogue: Dialogue
+    setting: Setting
+    job: Job
+    session: Session | None
+    place: Place | None
+    recorded: int
+    started: float
+
+
 class Api:
     """Answers requests with `engine`, which must be running, in the role named by `config.name`."""
 
-    def __init__(self, engine: StreamingEngine, tokenizer: Tokenizer, media: MediaSpec, config: ApiConfig) -> None:
+    def __init__(
+        self,
+        engine: StreamingEngine,
+        tokenizer: Tokenizer,
+        media: MediaSpec,
+        config: ApiConfig,
+        store: Store | None = None,
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._media = media
+        self._rendering = Rendering(tokenizer, media)
         self._config = config
+        self._store = store or MemoryStore()
+        self._sessions: dict[str, Session] = {}
         self._created = int(time.time())
         self._choices = 0
         self._idle = asyncio.Event()
@@ -64,9 +101,11 @@ class Api:
         """Cancels the handler whose client leaves."""
         app = web.Application(middlewares=[self._guard], client_max_size=self._config.max_body)
         app.router.add_get("/health", self._health)
-        app.router.add_get("/v1/models", self._list_models)
-        app.router.add_get("/v1/models/{name:.+}", self._one_model)
-        app.router.add_post("/v1/chat/completions", self._complete)
+        for prefix in ("", "/sessions/{session}"):
+            app.router.add_get(prefix + "/v1/models", self._list_models)
+            app.router.add_get(prefix + "/v1/models/{name:.+}", self._one_model)
+            for path in _DIALECTS:
+                app.router.add_post(f"{prefix}/v1/{path}", self._complete)
         return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
 
     async def drain(self) -> None:
@@ -74,29 +113,42 @@ class Api:
         self._draining = True
         await self._idle.wait()
 
+    async def traces(self, session: str, *, trainable: bool = True) -> tuple[Trace, ...]:
+        """What was recorded, for the trainer. Raises ValueError for a session that made no call."""
+        found = await self._session(session)
+        if not found.calls:
+            raise ValueError(f"session {session} made no call")
+
+        def export() -> tuple[Trace, ...]:
+            files = self._store.files(found)
+            return session_traces(found, self._rendering, files, role=self._config.name, trainable=trainable)
+
+        return await asyncio.to_thread(export)
+
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """The boundary at which every failure becomes an answer in OpenAI's form."""
+        """The boundary at which every failure becomes an answer in the dialect's form."""
         try:
             self._authorise(request)
             return await handler(request)
         except ApiError as error:
-            return _refusal(error)
+            return _refusal(request, error)
         except web.HTTPRequestEntityTooLarge:
             limit = self._config.max_body
-            return _refusal(ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large"))
+            return _refusal(request, ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large"))
         except web.HTTPException as error:
-            refusal = _refusal(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
+            refusal = _refusal(request, ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
             if "Allow" in error.headers:
                 refusal.headers["Allow"] = error.headers["Allow"]
             return refusal
         except Exception:
             _log.exception("%s %s failed", request.method, request.path)
-            return _refusal(_failed())
+            return _refusal(request, _failed())
 
     def _authorise(self, request: web.Request) -> None:
         key = self._config.api_key
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = given or request.headers.get("x-api-key", "")
         if key and request.path != "/health" and not hmac.compare_digest(given.encode(), key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
@@ -130,16 +182,28 @@ class Api:
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         if self._draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
+        started = time.time()
+        dialect = _dialect(http)
+        session = await self._session(http.match_info["session"]) if "session" in http.match_info else None
         with self._counted() as count:
             count(1)
-            request = await asyncio.to_thread(read_request, await http.read())
+            data = await http.read()
+            request = await asyncio.to_thread(lambda: dialect.read(read_object(data)))
             self._check_model(request.model)
             count(request.n - 1)
             async with self._preparing:
-                job = await asyncio.to_thread(self._prepare, request)
+                asked = await asyncio.to_thread(self._prepare, dialect, request, session, started)
             if request.stream:
-                return await self._stream(http, request, job)
-            return await self._answer(request, job)
+                return await self._stream(http, asked)
+            return await self._answer(asked)
+
+    async def _session(self, id: str) -> Session:
+        if not _SESSION_ID.fullmatch(id):
+            raise ApiError(400, "a session's id has 1 to 128 letters, digits and . _ ~ -", param="session")
+        if id not in self._sessions:
+            found = await asyncio.to_thread(self._store.load, id)
+            self._sessions.setdefault(id, found or Session(id))
+        return self._sessions[id]
 
     @contextmanager
     def _counted(self) -> Generator[Callable[[int], None]]:
@@ -162,24 +226,20 @@ class Api:
             if not self._choices:
                 self._idle.set()
 
-    def _prepare(self, request: ChatRequest) -> Job:
+    def _prepare(self, dialect: Dialect, request: ChatRequest, session: Session | None, started: float) -> _Asked:
         """Runs in a thread: decodes pictures and videos, and encodes."""
         limit = self._config.max_len
         tools = read_tools(request.tools)
-        messages = read_messages(request)
+        setting = Setting(tuple(tools) if request.tool_choice == "auto" else (), request.thinks)
+        dialogue = read_dialogue(request.messages, session.call_ids if session else ())
+        place = session.place(setting, dialogue.said) if session else None
+        chain = session.chain(place.parent) if session and place else []
         try:
-            prompt = render(
-                messages,
-                self._tokenizer,
-                self._media,
-                tools if request.tool_choice == "auto" else (),
-                add_generation_prompt=True,
-                keep_reasoning=request.keeps_reasoning,
-                thinking=request.thinks,
-                max_tokens=limit - 1,
-            )
+            prompt = self._prompt(request, dialogue, setting, place, session, limit - 1)
         except TooLong:
             raise _too_long(f"the messages take more than {limit - 1} tokens", limit) from None
+        except BrokenMedia as error:
+            raise media_fault(dialogue.places[error.media.hash], error.media.kind, error) from None
         except (ValueError, RecursionError) as error:  # a schema without a TypeScript form; a broken video
             fault = "a schema is nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise ApiError(400, fault) from None
@@ -187,29 +247,42 @@ class Api:
         if len(prompt.ids) + max_tokens > limit:
             raise _too_long(f"the messages take {len(prompt.ids)} tokens and the completion up to {max_tokens}", limit)
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
+        samplings = [
+            Sampling(max_tokens, request.temperature, request.top_p, derive_seed(seed, i) if i else seed)
+            for i in range(request.n)
+        ]
         calls = "none" if request.tool_choice == "none" else "any" if request.parallel_tool_calls else "one"
-        return Job(
-            prompt,
-            [
-                Sampling(max_tokens, request.temperature, request.top_p, derive_seed(seed, i) if i else seed)
-                for i in range(request.n)
-            ],
-            tools,
-            request.thinks,
-            request.stops,
-            calls,
-            request.logprobs,
-            request.return_token_ids,
-        )
+        job = Job(request.model, prompt, samplings, tools, request.thinks, request.stops, calls)
+        recorded = sum(len(call.prompt.ids) + len(call.ids) for call in chain)
+        return _Asked(dialect, request, dialogue, setting, job, session, place, recorded, started)
+
+    def _prompt(
+        self,
+        request: ChatRequest,
+        dialogue: Dialogue,
+        setting: Setting,
+        place: Place | None,
+        session: Session | None,
+        limit: int,
+    ) -> TokenSequence:
+        said, files = dialogue.said, dialogue.files
+        if session is None or place is None:
+            return self._rendering.begin(said, setting, files, request.keeps_reasoning, limit)
+        chain = session.chain(place.parent)
+        if place.prompt is not None:
+            return self._rendering.again(chain, place.prompt, files)
+        if not chain:
+            return self._rendering.begin(said, setting, files, True, limit)
+        return self._rendering.go_on(chain, said[place.begin :], setting, files, limit)
 
     async def _speak(self, job: Job, on_step: Callable[[Choice, Step], Awaitable[None]]) -> list[Choice]:
         """All choices of a request at the same time; each step is handed to `on_step` before the next."""
-        choices = [Choice(job, self._tokenizer, index) for index in range(len(job.samplings))]
+        choices = [Choice(job, index) for index in range(len(job.samplings))]
 
         async def one(choice: Choice) -> None:
-            steps = speak(self._engine, job, self._tokenizer, choice.index, self._config.name)
-            async with aclosing(steps):
+            async with aclosing(speak(self._engine, job, self._tokenizer, choice.index)) as steps:
                 async for step in steps:
+                    choice.add(step)
                     await on_step(choice, step)
 
         async with asyncio.TaskGroup() as group:
@@ -217,71 +290,78 @@ class Api:
                 group.create_task(one(choice))
         return choices
 
-    async def _answer(self, request: ChatRequest, job: Job) -> web.Response:
-        async def add(choice: Choice, step: Step) -> None:
-            choice.add(step)
+    async def _record(self, asked: _Asked, choices: Sequence[Choice]) -> None:
+        """Returns when the answers are safe; only then may the client learn that they ended."""
+        if asked.session is None or asked.place is None:
+            return
+        ids = asked.job.prompt.ids[asked.recorded :]
+        now = time.time()
+        calls = [
+            asked.session.add(
+                asked.place,
+                asked.setting,
+                asked.dialogue.said,
+                ids,
+                choice.sampled,
+                Said("assistant", tuple(filter(None, [said.text])), said.reasoning, said.tool_calls),
+                choice.finish or "",
+                asked.dialect.name,
+                asked.started,
+                now,
+            )
+            for choice in choices
+            for said in [choice.message]
+        ]
+        await self._store.save(asked.session.id, calls, asked.dialogue.files)
 
-        choices = await self._speak(job, add)
-        body = {
-            **_head(request, "chat.completion"),
-            "choices": [choice.whole() for choice in choices],
-            "usage": _usage(job, choices),
-        }
-        if job.token_ids:
-            body["prompt_token_ids"] = job.prompt.ids
-        return web.json_response(body)
+    async def _answer(self, asked: _Asked) -> web.Response:
+        async def nothing(choice: Choice, step: Step) -> None:
+            pass
 
-    async def _stream(self, http: web.Request, request: ChatRequest, job: Job) -> web.StreamResponse:
+        choices = await self._speak(asked.job, nothing)
+        await self._record(asked, choices)
+        return web.json_response(asked.dialect.whole(asked.request, asked.job, choices, self._tokenizer))
+
+    async def _stream(self, http: web.Request, asked: _Asked) -> web.StreamResponse:
         """Server-sent events. The status waits for the first token, so that an engine that fails at once is a 500."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        head = _head(request, "chat.completion.chunk")
-        usage = request.stream_options is not None and request.stream_options.include_usage
-        if usage:
-            head["usage"] = None
+        told = asked.dialect.stream(asked.request, asked.job, self._tokenizer)
         turn = asyncio.Lock()  # the choices of one request write to one connection
+        last: list[bytes] = []
 
-        async def send(body: dict[str, Any]) -> None:
+        async def send(data: bytes) -> None:
             async with turn:
                 if not response.prepared:
                     await response.prepare(http)
-                await response.write(b"data: " + json.dumps(body).encode() + b"\n\n")
+                await response.write(data)
 
         async def write(choice: Choice, step: Step) -> None:
-            if not choice.opened:
-                ids = {"prompt_token_ids": job.prompt.ids} if job.token_ids else {}
-                await send({**head, "choices": [choice.opening()], **ids})
-            chunk = choice.chunk(step)
-            if chunk is not None:
-                await send({**head, "choices": [chunk]})
+            data = told.step(choice, step)
+            if step.finish:
+                last.append(data)
+            elif data:
+                await send(data)
 
         try:
-            choices = await self._speak(job, write)
-            if usage:
-                await send({**head, "choices": [], "usage": _usage(job, choices)})
+            choices = await self._speak(asked.job, write)
+            await self._record(asked, choices)
         except Exception:
             if http.transport is None:  # the client left
                 return response
             if not response.prepared:
                 raise
             _log.exception("%s failed in the middle of a stream", http.path)
-            await send(_failed().body)
+            await send(told.error(asked.dialect.error(_failed())))
             return response
-        await response.write(b"data: [DONE]\n\n")
+        await send(b"".join([*last, told.end(choices)]))
         return response
 
 
-def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": request.model,
-    }
-
-
-def _usage(job: Job, choices: Sequence[Choice]) -> dict[str, int]:
-    prompt, completion = len(job.prompt.ids), sum(len(choice.sampled) for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def _dialect(request: web.Request) -> Dialect:
+    """Errors of other paths are told as chat completions tell them."""
+    return next(
+        (d for path, d in _DIALECTS.items() if request.path.endswith("/v1/" + path)), _DIALECTS["chat/completions"]
+    )
 
 
 def _too_long(fault: str, limit: int) -> ApiError:
@@ -293,9 +373,9 @@ def _failed() -> ApiError:
     return ApiError(500, "the engine failed; the server's log says why", code="engine_failed")
 
 
-def _refusal(error: ApiError) -> web.Response:
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return web.json_response(error.body, status=error.status, headers=headers)
+def _refusal(request: web.Request, error: ApiError) -> web.Response:
+    headers = {"Retry-After": str(error.retry_after_s)} if error.status in (429, 503) else None
+    return web.json_response(_dialect(request).error(error), status=error.status, headers=headers)
 
 
 async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str, port: int) -> None:

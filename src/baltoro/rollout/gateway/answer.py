@@ -1,4 +1,4 @@
-"""One choice of a chat completion: tokens from the engine become events, events become OpenAI's JSON.
+"""Tokens from the engine become events, and events the model's answer, whatever dialect then tells it.
 
 The streamed and the whole form are made of the same events, so they never differ.
 """
@@ -6,19 +6,17 @@ The streamed and the whole form are made of the same events, so they never diffe
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from baltoro.agent.engine import Sampled, Sampling, StreamingEngine
-from baltoro.chat.messages import TokenSequence, ToolSpec
+from baltoro.chat.messages import Message, TokenSequence, ToolSpec
 from baltoro.chat.parse import (
-    ArgumentsDelta,
     CallBegun,
     CallEnded,
     CompletionParser,
     ContentDelta,
     Event,
     Malformed,
-    ReasoningDelta,
     fold,
 )
 from baltoro.chat.schema import parse_arguments
@@ -31,14 +29,13 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 class Job:
     """What a request asks for. `samplings`: one for each choice. `calls`: how many tool calls it admits."""
 
+    model: str
     prompt: TokenSequence
     samplings: Sequence[Sampling]
     tools: Sequence[ToolSpec]
     thinking: bool
     stops: Sequence[str]
     calls: Literal["none", "one", "any"]
-    logprobs: bool
-    token_ids: bool
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,13 @@ class Step:
     finish: FinishReason | None = None
 
 
-async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: int, role: str) -> AsyncGenerator[Step]:
+async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: int) -> AsyncGenerator[Step]:
     """The steps of choice `index`. Ends the engine's work where a stop string, or a call too many, ends the answer."""
     parser = CompletionParser(tokenizer, job.thinking)
     stop = _StopStrings(job.stops)
     finish: FinishReason = "length"
     called = False
-    async with aclosing(engine.stream(job.prompt, job.samplings[index], role)) as tokens:
+    async with aclosing(engine.stream(job.prompt, job.samplings[index], job.model)) as tokens:
         async for sampled in tokens:
             events: list[Event] = []
             cut = False
@@ -113,74 +110,24 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass
 class Choice:
-    """Writes the steps of one choice as JSON: `chunk` each of them, `whole` all of them."""
+    """One answer as far as it was drawn."""
 
     job: Job
-    tokenizer: Tokenizer
     index: int
     sampled: list[Sampled] = field(default_factory=list[Sampled])
     events: list[Event] = field(default_factory=list[Event])
     finish: FinishReason | None = None
-    opened: bool = False
-    _calls: int = 0
 
     def add(self, step: Step) -> None:
         self.sampled += step.sampled
         self.events += step.events
         self.finish = step.finish
 
-    def opening(self) -> dict[str, Any]:
-        self.opened = True
-        return {"index": self.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    @property
+    def message(self) -> Message:
+        return fold(self.events).message
 
-    def chunk(self, step: Step) -> dict[str, Any] | None:
-        """None where a step has nothing to tell yet."""
-        self.add(step)
-        delta: dict[str, Any] = {}
-        for event in step.events:
-            self._extend(delta, event)
-        if step.finish and (errors := self._errors()):
-            delta["parse_errors"] = errors
-        described = self._described(step.sampled) if step.sampled else {}
-        if not (delta or described or step.finish):
-            return None
-        return {"index": self.index, "delta": delta, "finish_reason": step.finish, **described}
-
-    def whole(self) -> dict[str, Any]:
-        said = fold(self.events).message
-        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
-        if self.job.thinking:
-            message["reasoning_content"] = said.reasoning
-        if said.tool_calls:
-            message["content"] = said.text or None
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in said.tool_calls
-            ]
-        if errors := self._errors():
-            message["parse_errors"] = errors
-        described = {"logprobs": None, **self._described(self.sampled)}
-        return {"index": self.index, "message": message, "finish_reason": self.finish, **described}
-
-    def _extend(self, delta: dict[str, Any], event: Event) -> None:
-        def call(function: dict[str, str], **head: str) -> None:
-            calls = delta.setdefault("tool_calls", [])
-            calls.append({"index": self._calls - 1, **head, "function": function})
-
-        match event:
-            case ReasoningDelta(text):
-                delta["reasoning_content"] = delta.get("reasoning_content", "") + text
-            case ContentDelta(text):
-                delta["content"] = delta.get("content", "") + text
-            case CallBegun(call_id, name):
-                self._calls += 1
-                call({"name": name, "arguments": ""}, id=call_id, type="function")
-            case ArgumentsDelta(text):
-                call({"arguments": text})
-            case CallEnded() | Malformed():
-                pass
-
-    def _errors(self) -> list[str]:
+    def errors(self) -> list[str]:
         """What the model got wrong: calls that could not be read, and arguments that do not fit the schema."""
         parsed = fold(self.events)
         errors = list(parsed.errors)
@@ -193,22 +140,3 @@ class Choice:
             except ValueError as error:
                 errors.append(f"{call.id}: {error}")
         return errors
-
-    def _described(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
-        """One entry for each token that was drawn, control tokens by name."""
-        fields: dict[str, Any] = {}
-        if self.job.logprobs:
-            pieces = [self.tokenizer.decode_bytes([s.token]) for s in sampled]
-            entries = [
-                {
-                    "token": piece.decode("utf-8", "replace"),
-                    "logprob": s.logprob,
-                    "bytes": list(piece),
-                    "top_logprobs": [],
-                }
-                for piece, s in zip(pieces, sampled, strict=True)
-            ]
-            fields["logprobs"] = {"content": entries, "refusal": None}
-        if self.job.token_ids:
-            fields["token_ids"] = [s.token for s in sampled]
-        return fields

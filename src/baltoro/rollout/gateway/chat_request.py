@@ -1,47 +1,35 @@
-"""What crosses the wire: OpenAI's chat completion requests, checked, and errors in OpenAI's form.
+"""OpenAI's chat completion requests, checked: the form to which the other dialects are brought.
 
 A field that would change the answer and is not supported is refused, never ignored.
 """
 
-import json
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-class ApiError(Exception):
-    """An answer in OpenAI's error form. 4xx: the client's mistake, said in words for its author."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class _Model(BaseModel):
+class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class TextPart(_Model):
+class TextPart(Wire):
     type: Literal["text"]
     text: str
 
 
-class MediaUrl(_Model):
+class MediaUrl(Wire):
     """`detail` is a hint that has no effect: pictures are seen at their own resolution."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Model):
+class ImagePart(Wire):
     type: Literal["image_url"]
     image_url: MediaUrl
 
 
-class VideoPart(_Model):
+class VideoPart(Wire):
     type: Literal["video_url"]
     video_url: MediaUrl
 
@@ -49,30 +37,30 @@ class VideoPart(_Model):
 AnyPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
-class FunctionCall(_Model):
+class FunctionCall(Wire):
     name: str
     arguments: str
 
 
-class Call(_Model):
+class Call(Wire):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class SystemTurn(_Model):
+class SystemTurn(Wire):
     role: Literal["system", "developer"]
     content: str | list[TextPart]
     name: str | None = None
 
 
-class UserTurn(_Model):
+class UserTurn(Wire):
     role: Literal["user"]
     content: str | list[AnyPart]
     name: str | None = None
 
 
-class AssistantTurn(_Model):
+class AssistantTurn(Wire):
     """The fields that are always null come with messages that clients send back as they got them."""
 
     role: Literal["assistant"]
@@ -87,7 +75,7 @@ class AssistantTurn(_Model):
     function_call: None = None
 
 
-class ToolTurn(_Model):
+class ToolTurn(Wire):
     role: Literal["tool"]
     content: str | list[AnyPart]
     tool_call_id: str
@@ -97,7 +85,7 @@ class ToolTurn(_Model):
 AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
 
 
-class Function(_Model):
+class Function(Wire):
     """`strict` is accepted, for clients send it unasked: arguments are checked, not constrained."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
@@ -106,35 +94,35 @@ class Function(_Model):
     strict: bool | None = None
 
 
-class FunctionTool(_Model):
+class FunctionTool(Wire):
     type: Literal["function"]
     function: Function
 
 
-class StreamOptions(_Model):
+class StreamOptions(Wire):
     include_usage: bool = False
 
 
-class TemplateOptions(_Model):
+class TemplateOptions(Wire):
     """`preserve_thinking` keeps the reasoning of finished turns, which the chat template drops."""
 
     thinking: bool = True
     preserve_thinking: bool = False
 
 
-class Thinking(_Model):
+class Thinking(Wire):
     type: Literal["enabled", "disabled"]
     keep: Literal["all"] | None = None
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(Wire):
     type: Literal["text"]
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class ChatRequest(_Model):
+class ChatRequest(Wire):
     model: str
     messages: list[AnyTurn] = Field(min_length=1)
     tools: list[FunctionTool] = []
@@ -199,37 +187,3 @@ class ChatRequest(_Model):
     @property
     def keeps_reasoning(self) -> bool:
         return self.chat_template_kwargs.preserve_thinking or bool(self.thinking and self.thinking.keep)
-
-
-def read_request(data: bytes) -> ChatRequest:
-    """Raises ApiError 400, naming the field and the fault."""
-    try:
-        body = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    try:
-        return ChatRequest.model_validate(body)
-    except ValidationError as error:
-        # A union reports every arm; the arm that was meant is the one that got furthest.
-        worst = max(error.errors(include_url=False), key=lambda e: len(_place(body, e["loc"])))
-        place = _place(body, worst["loc"])
-        if worst["type"] == "missing":
-            place.append(str(worst["loc"][-1]))
-        param = ".".join(place)
-        raise ApiError(400, f"{param or 'the body'}: {worst['msg']}", param=param or None) from None
-
-
-def _place(body: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """Those parts of pydantic's location that exist in the body: it also names the arms of unions."""
-    place: list[str] = []
-    for part in loc:
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
-            body = cast(Any, body)[part]
-            place.append(str(part))
-    return place
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
