@@ -40,11 +40,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """One token and what it added. The last step has a finish reason and no token."""
+    """One token and what it added. The last step has a finish reason and no token; `stop` is the string that ended
+    the answer, where one did."""
 
     sampled: tuple[Sampled, ...]
     events: tuple[Event, ...]
     finish: FinishReason | None = None
+    stop: str = ""
 
 
 async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: int) -> AsyncGenerator[Step]:
@@ -64,7 +66,7 @@ async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: 
                     break
                 events += stop.feed(event)
                 called |= isinstance(event, CallEnded)
-                cut = stop.found or (called and job.calls == "one")
+                cut = bool(stop.found) or (called and job.calls == "one")
                 if cut:
                     break
             yield Step((sampled,), tuple(events))
@@ -76,7 +78,7 @@ async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: 
         # That the turn was cut off is what this reason says.
         events += [event for event in parser.finish()[:-1] for event in stop.feed(event)]
         events += stop.rest()
-    yield Step((), tuple(events), finish)
+    yield Step((), tuple(events), finish, stop.found)
 
 
 class _StopStrings:
@@ -86,15 +88,15 @@ class _StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.found = False
+        self.found = ""
 
     def feed(self, event: Event) -> list[Event]:
         if not isinstance(event, ContentDelta):
             return [*self.rest(), event]
         text = self._held + event.text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        self.found = bool(places)
-        cut = min(places) if places else len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        first, self.found = min(places, default=(0, ""))
+        cut = first if places else len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[cut:]
         return [ContentDelta(text[:cut])] if cut else []
 
@@ -117,11 +119,13 @@ class Choice:
     sampled: list[Sampled] = field(default_factory=list[Sampled])
     events: list[Event] = field(default_factory=list[Event])
     finish: FinishReason | None = None
+    stop: str = ""
 
     def add(self, step: Step) -> None:
         self.sampled += step.sampled
         self.events += step.events
         self.finish = step.finish
+        self.stop = step.stop
 
     @property
     def message(self) -> Message:

@@ -27,6 +27,7 @@ from baltoro.chat.messages import TokenSequence
 from baltoro.chat.render import TooLong
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.answer import Choice, Job, Step, speak
+from baltoro.rollout.gateway.anthropic import Anthropic
 from baltoro.rollout.gateway.chat import Chat
 from baltoro.rollout.gateway.chat_request import ChatRequest
 from baltoro.rollout.gateway.dialect import Dialect
@@ -34,13 +35,14 @@ from baltoro.rollout.gateway.dialogue import Dialogue, media_fault, read_dialogu
 from baltoro.rollout.gateway.errors import ApiError, read_object
 from baltoro.rollout.gateway.graph import Place, Session
 from baltoro.rollout.gateway.rendering import Rendering
+from baltoro.rollout.gateway.responses import Responses
 from baltoro.rollout.gateway.said import BrokenMedia, Said, Setting
 from baltoro.rollout.gateway.store import MemoryStore, Store
 from baltoro.rollout.gateway.traces import session_traces
 
 _log = logging.getLogger(__name__)
 _PREPARED_AT_ONCE = 2
-_DIALECTS: dict[str, Dialect] = {"chat/completions": Chat()}
+_DIALECTS: dict[str, Dialect] = {"chat/completions": Chat(), "messages": Anthropic(), "responses": Responses()}
 _SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -7,9 +7,22 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+TOOL_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
+
 
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Sparse(Wire):
+    """A field that is null is absent: clients send back what they got with every field that they know of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {k: v for k, v in cast(dict[str, Any], fields).items() if v is not None}
 
 
 class TextPart(Wire):
@@ -35,6 +48,7 @@ class VideoPart(Wire):
 
 
 AnyPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+Parts = str | list[AnyPart]
 
 
 class FunctionCall(Wire):
@@ -56,7 +70,7 @@ class SystemTurn(Wire):
 
 class UserTurn(Wire):
     role: Literal["user"]
-    content: str | list[AnyPart]
+    content: Parts
     name: str | None = None
 
 
@@ -77,7 +91,7 @@ class AssistantTurn(Wire):
 
 class ToolTurn(Wire):
     role: Literal["tool"]
-    content: str | list[AnyPart]
+    content: Parts
     tool_call_id: str
     name: str | None = None
 
@@ -88,7 +102,7 @@ AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(disc
 class Function(Wire):
     """`strict` is accepted, for clients send it unasked: arguments are checked, not constrained."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -122,7 +136,7 @@ class ResponseFormat(Wire):
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class ChatRequest(Wire):
+class ChatRequest(Sparse):
     model: str
     messages: list[AnyTurn] = Field(min_length=1)
     tools: list[FunctionTool] = []
@@ -130,13 +144,13 @@ class ChatRequest(Wire):
     parallel_tool_calls: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
-    n: int = Field(1, ge=1, le=128)
+    n: int = Field(default=1, ge=1, le=128)
     logprobs: bool = False
     top_logprobs: int = 0
     return_token_ids: bool = False
@@ -151,16 +165,9 @@ class ChatRequest(Wire):
     prompt_cache_key: str | None = None
     # Admitted only where they ask for nothing.
     response_format: ResponseFormat | None = None
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {k: v for k, v in cast(dict[str, Any], fields).items() if v is not None}
+    presence_penalty: float = Field(default=0.0, ge=0, le=0)
+    frequency_penalty: float = Field(default=0.0, ge=0, le=0)
+    logit_bias: dict[str, Any] | None = Field(default=None, max_length=0)
 
     @field_validator("tool_choice")
     @classmethod

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from baltoro.chat.decode import decode_image
 from baltoro.chat.messages import Image, Message, Part, Role, ToolCall, ToolSpec, Video
@@ -129,11 +129,13 @@ def _joined(content: Sequence[str | Media]) -> Sequence[str | Media]:
     return parts
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str) -> object:
+    """Arguments that are no JSON object come back as the empty one from clients that have no other form for them."""
     try:
-        return json.loads(text)
+        arguments = json.loads(text)
     except (ValueError, RecursionError):
-        return text
+        arguments = None
+    return cast(object, arguments) if isinstance(arguments, dict) else {}
 
 
 def _digest(value: object) -> bytes:
