@@ -41,7 +41,8 @@ class Turn:
 class Trace:
     """One agent's run. `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (0 elsewhere) are aligned;
     `media` stand in the order of their placeholders. `error` says why a run failed. `trainable`: whether the
-    trainer may learn from these tokens (false for frozen subagents, section 3)."""
+    trainer may learn from these tokens (false for frozen subagents, section 3). `broke`: why this trace does not go on
+    from the one before it in its session; empty where nothing broke."""
 
     role: str
     messages: tuple[Message, ...]
@@ -54,6 +55,7 @@ class Trace:
     final_text: str
     trainable: bool
     error: str = ""
+    broke: str = ""
     signals: dict[str, float] = field(default_factory=dict[str, float])
 
     @property

@@ -26,7 +26,7 @@ from baltoro.chat.declare import declare_tools
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence, ToolSpec
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.serve.api import Api, ApiConfig
+from baltoro.rollout.gateway.api import Api, ApiConfig
 
 T = Tokenizer({bytes([b]): b for b in range(256)})
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
