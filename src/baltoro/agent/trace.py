@@ -41,7 +41,9 @@ class Turn:
 class Trace:
     """One agent's run. `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (0 elsewhere) are aligned;
     `media` stand in the order of their placeholders. `error` says why a run failed. `trainable`: whether the
-    trainer may learn from these tokens (false for frozen subagents, section 3)."""
+    trainer may learn from these tokens (false for frozen subagents, section 3). `signals`: raw judgements by name;
+    `reasons`: why a signal has its value, or why it is missing. `broke`: why this trace does not extend the one before
+    it; empty for the first of an agent."""
 
     role: str
     messages: tuple[Message, ...]
@@ -55,6 +57,8 @@ class Trace:
     trainable: bool
     error: str = ""
     signals: dict[str, float] = field(default_factory=dict[str, float])
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    broke: str = ""
 
     @property
     def stages(self) -> tuple[tuple["Trace", ...], ...]:
