@@ -119,7 +119,7 @@ async def run_agent(
                 CallContext(steps_left, derive_seed(sampling.seed, len(turns), index), begin)
                 for index in range(len(message.tool_calls))
             ]
-            results = await _run_calls(message.tool_calls, contexts, toolbox)
+            results = await run_calls(message.tool_calls, contexts, toolbox)
             spent += max((result.steps for result in results), default=0)
             answers = [
                 tool_result(call.id, *result.shown) for call, result in zip(message.tool_calls, results, strict=True)
@@ -197,7 +197,7 @@ class _Context:
             self.extend(TokenSequence([im_end]))
 
 
-async def _run_calls(
+async def run_calls(
     calls: Sequence[ToolCall], contexts: Sequence[CallContext], toolbox: dict[str, Tool]
 ) -> list[ToolResult]:
     """All calls of a turn: those of sequential tools first, then the others at the same time; ends when all ended."""

@@ -41,8 +41,9 @@ class Turn:
 class Trace:
     """One agent's run. `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (0 elsewhere) are aligned;
     `media` stand in the order of their placeholders. `error` says why a run failed. `trainable`: whether the
-    trainer may learn from these tokens (false for frozen subagents, section 3). `broke`: why this trace does not go on
-    from the one before it in its session; empty where nothing broke."""
+    trainer may learn from these tokens (false for frozen subagents, section 3). `signals`: raw judgements by name;
+    `reasons`: why a signal has its value, or why it is missing. `broke`: why this trace does not extend the one before
+    it; empty for the first of an agent."""
 
     role: str
     messages: tuple[Message, ...]
@@ -55,8 +56,9 @@ class Trace:
     final_text: str
     trainable: bool
     error: str = ""
-    broke: str = ""
     signals: dict[str, float] = field(default_factory=dict[str, float])
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    broke: str = ""
 
     @property
     def stages(self) -> tuple[tuple["Trace", ...], ...]:

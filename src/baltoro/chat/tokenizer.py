@@ -107,8 +107,12 @@ class Tokenizer:
         return cls(ranks)
 
     def save(self, path: Path) -> None:
+        path.write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The tiktoken file."""
         pieces = self._pieces[: self.base_size]
-        path.write_text("".join(f"{base64.b64encode(p).decode()} {rank}\n" for rank, p in enumerate(pieces)))
+        return "".join(f"{base64.b64encode(p).decode()} {rank}\n" for rank, p in enumerate(pieces)).encode()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
