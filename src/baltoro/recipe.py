@@ -3,13 +3,16 @@ PARL, evaluation, report. Every stage leaves one checkpoint; run again, a finish
 one goes on where it stopped."""
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
 import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +39,10 @@ from baltoro.report.headline import headline
 from baltoro.report.html import write_report as write_html
 from baltoro.report.progress import Progress as Display
 from baltoro.report.run_folder import RunFolder, commit
+from baltoro.rl.black_box import Program, program
 from baltoro.rl.shaping import ParlShaping
-from baltoro.rl.trainer import IterationReport, RLConfig, Rollout, run_rl
+from baltoro.rl.trainer import IterationReport, Opened, RLConfig, Rollout, run_rl
+from baltoro.score.table import item_f1, parse_table
 from baltoro.serve.live import LivePrompt
 from baltoro.serve.load import Loaded, ServeConfig, threads
 from baltoro.serve.local import LocalEngine
@@ -101,7 +106,8 @@ class CaptionerConfig:
 class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
     bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
-    a folder of text; without it, Python's own documentation and library."""
+    a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are done by a
+    program of its own, through the gateway."""
 
     folder: Path
     seed: int
@@ -123,9 +129,11 @@ class RecipeConfig:
     parl: ParlConfig
     evaluation: EvaluationConfig
     expected_s: dict[str, float]
+    black_box: bool
     corpus: Path | None = None
 
 
+_LOOK_UP_TURNS = 8
 _LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
     "projector": "only the projector learns, to fit the tower to the language model",
@@ -283,27 +291,48 @@ class Run:
         return LocalEngine(models, self.tokenizer, slots=agents.slots, max_len=agents.rules.max_context_tokens)
 
     def joint_rl(self) -> None:
-        """Outcome rewards on pictures and on look-ups together (2.3)."""
+        """Outcome rewards on pictures and on look-ups together (2.3). With `black_box` the look-ups are done by
+        `swarm.client` behind the gateway."""
         config = self.config.rl
         tasks = list(VISION_TASKS.values())
         rules = self.config.agents.rules
+        engine = self.engine({"policy": self.model})
 
-        async def rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
+        async def rollout(behind: Program | None, engine: Engine, task_seed: int, episode_seed: int) -> Trace:
             rng = random.Random(task_seed)
             if rng.random() < 0.25:
-                world = World(rng.randrange(2**31), "train")
-                trace = await solve(
-                    engine,
-                    self.tokenizer,
-                    self.config.media,
-                    wide_search(rng, world, 1, 2),
-                    Library(world.documents),
-                    mode="single",
-                    critical_steps=8,
-                    sampling=Sampling(rules.max_turn_tokens, seed=episode_seed),
-                    rules=rules,
-                    role="policy",
-                )
+                world_seed = rng.randrange(2**31)
+                world = World(world_seed, "train")
+                question = wide_search(rng, world, 1, 2)
+                if behind:
+                    from baltoro.swarm import client  # for the sake of those who have no openai installed
+
+                    job = dataclasses.asdict(
+                        client.Job(
+                            "policy",
+                            world_seed,
+                            "train",
+                            question.prompt,
+                            episode_seed,
+                            _LOOK_UP_TURNS,
+                            rules.max_turn_tokens,
+                        )
+                    )
+                    answer, trace = await behind.solve(f"{task_seed}-{episode_seed}", job)
+                    trace = trace.with_signals(perf=item_f1(parse_table(answer, question.columns), question.gold))
+                else:
+                    trace = await solve(
+                        engine,
+                        self.tokenizer,
+                        self.config.media,
+                        question,
+                        Library(world.documents),
+                        mode="single",
+                        critical_steps=_LOOK_UP_TURNS,
+                        sampling=Sampling(rules.max_turn_tokens, seed=episode_seed),
+                        rules=rules,
+                        role="policy",
+                    )
                 return trace.with_signals(text=trace.signals["perf"])
             task = rng.choice(tasks)
             example = task.sample(rng, "train")
@@ -325,7 +354,17 @@ class Run:
         def record(report: IterationReport) -> dict[str, float]:
             return {"vision_reward": report.mean_of("vision"), "text_reward": report.mean_of("text")}
 
-        self._reinforce("rl", config, self.model, {}, "policy", rollout, lambda t, _: t.signals["perf"], record)
+        @contextlib.asynccontextmanager
+        async def opened() -> AsyncGenerator[Rollout]:
+            if not self.config.black_box:
+                yield functools.partial(rollout, None)
+                return
+            command = (sys.executable, "-m", "baltoro.swarm.client")
+            c = self.config
+            async with program(command, engine, self.tokenizer, c.media, "policy", rules.max_context_tokens) as running:
+                yield functools.partial(rollout, running)
+
+        self._reinforce("rl", config, self.model, engine, "policy", opened, lambda t, _: t.signals["perf"], record)
 
     def parl(self) -> None:
         """A trainable orchestrator over subagents frozen at the weights it starts from (section 3)."""
@@ -349,9 +388,9 @@ class Run:
             "parl",
             config.rl,
             self.model,
-            {"subagent": frozen},
+            self.engine({"orchestrator": self.model, "subagent": frozen}),
             "orchestrator",
-            self._parl_rollout,
+            lambda: contextlib.nullcontext(self._parl_rollout),
             lambda trace, iteration: config.shaping.reward(trace.signals, iteration, iterations),
             record,
         )
@@ -361,9 +400,9 @@ class Run:
         name: str,
         config: RLConfig,
         model: KimiK25,
-        frozen: dict[str, KimiK25],
+        engine: LocalEngine,
         role: str,
-        rollout: Rollout,
+        opened: Opened,
         reward: Callable[[Trace, int], float],
         record: Callable[[IterationReport], dict[str, float]],
     ) -> None:
@@ -371,7 +410,6 @@ class Run:
         done = read_progress(checkpoint).step if checkpoint.exists() else 0
         self.folder.begin_stage(name, done)
         self.display.stage(name, _LEARNS[name], config.iterations, done)
-        engine = self.engine({role: model, **frozen})
 
         def report(iteration: IterationReport) -> None:
             numbers = {"reward": iteration.reward, **record(iteration)}
@@ -395,7 +433,7 @@ class Run:
             role,
             engine,
             config,
-            rollout,
+            opened,
             reward,
             derive_seed(self.config.seed, *name.encode()),
             checkpoint,

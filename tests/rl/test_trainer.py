@@ -1,6 +1,7 @@
 """Reinforcement learning whole: a real model, the real engine, a task that can be learned in a few iterations."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -61,7 +62,18 @@ def _run(folder: Path, model: KimiK25, iterations: int) -> list[IterationReport]
     reports: list[IterationReport] = []
     config = RLConfig(iterations, tasks=3, rollouts=8, lr=4e-2, objective=ObjectiveConfig())
     engine = LocalEngine({"policy": model}, TOKENIZER, slots=32, max_len=16)
-    run_rl("rl", model, "policy", engine, config, _rollout, _reward, 5, folder / "rl.safetensors", reports.append)
+    run_rl(
+        "rl",
+        model,
+        "policy",
+        engine,
+        config,
+        lambda: nullcontext(_rollout),
+        _reward,
+        5,
+        folder / "rl.safetensors",
+        reports.append,
+    )
     return reports
 
 

@@ -7,6 +7,7 @@ signals. PARL is this loop with an orchestrator's traces and `ParlShaping`.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from baltoro.train.state import Progress, load_state, save_state
 
 Rollout = Callable[[Engine, int, int], Awaitable[Trace]]
 """(engine, task seed, episode seed) -> the finished episode: the task follows from the first, the draw from both."""
+
+Opened = Callable[[], AbstractAsyncContextManager[Rollout]]
+"""Opens what the rollouts of one iteration need beside the running engine; gives the rollout."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def run_rl(
     policy_role: str,
     engine: LocalEngine,
     config: RLConfig,
-    rollout: Rollout,
+    opened: Opened,
     reward: Callable[[Trace, int], float],
     seed: int,
     checkpoint: Path,
@@ -90,7 +94,7 @@ def run_rl(
     tokens = progress.tokens
     for iteration in range(progress.step, config.iterations):
         engine.update(policy_role, model)
-        traces = asyncio.run(_roll_out(engine, config, rollout, derive_seed(seed, iteration)))
+        traces = asyncio.run(_roll_out(engine, config, opened, derive_seed(seed, iteration)))
         groups = [[(trace, reward(trace, iteration)) for trace in group] for group in traces]
         samples = [s for group in groups for s in _samples(group)]
         result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
@@ -103,15 +107,15 @@ def run_rl(
     return progress
 
 
-async def _roll_out(engine: LocalEngine, config: RLConfig, rollout: Rollout, seed: int) -> list[list[Trace]]:
+async def _roll_out(engine: LocalEngine, config: RLConfig, opened: Opened, seed: int) -> list[list[Trace]]:
     manager = RolloutManager(engine, ManagerConfig())
 
-    async def submit(group: int, k: int) -> Running:
+    async def submit(rollout: Rollout, group: int, k: int) -> Running:
         task = derive_seed(seed, group)
         return await manager.submit(f"{group}/{k}", lambda episode: rollout(episode, task, derive_seed(task, k)))
 
-    async with engine.run(), manager.run():
-        running = [[await submit(g, k) for k in range(config.rollouts)] for g in range(config.tasks)]
+    async with engine.run(), opened() as rollout, manager.run():
+        running = [[await submit(rollout, g, k) for k in range(config.rollouts)] for g in range(config.tasks)]
         return [[_trace(await episode.ended()) for episode in group] for group in running]
 
 
