@@ -17,10 +17,11 @@ from baltoro.rollout.gateway.said import Said, Setting, chained
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What was said to the model behind the end of call `parent` (None: from the beginning), and its tokens. Calls that
-    ask the same again share it."""
+    ask the same again share it; `first` is the first of them."""
 
     key: bytes
     parent: int | None
+    first: int
     said: tuple[Said, ...]
     ids: "array[int]"
 
@@ -75,8 +76,20 @@ class Session:
         broke = "" if fresh else self._why(setting, said)
         prompt = self._prompts.get(key)
         if prompt is not None:
-            parent = prompt.parent
+            parent, begin = prompt.parent, len(said) - len(prompt.said)
         return Place(key, parent, begin, broke, prompt)
+
+    def fit(self, place: Place, ids: Sequence[int]) -> tuple[Place, Sequence[int]]:
+        """`ids`: of the whole prompt as the engine read it. Gives those that it adds to its parent; a prompt in which
+        the recorded tokens do not stand again is put at the beginning, with the reason."""
+        at = 0
+        for call in self.chain(place.parent):
+            for part in (call.prompt.ids, call.ids):
+                if array("i", ids[at : at + len(part)]) != part:
+                    broke = f"the history was tokenised anew: behind token {at} it differs from what was recorded"
+                    return Place(place.key, None, 0, broke, None), ids
+                at += len(part)
+        return place, ids[at:]
 
     def add(
         self,
@@ -92,9 +105,10 @@ class Session:
         ended: float,
     ) -> Call:
         """`ids`: the tokens of the prompt behind the end of the parent."""
+        added = array("i", ids)
         prompt = self._prompts.get(place.key)
-        if prompt is None:
-            prompt = Prompt(place.key, place.parent, tuple(said[place.begin :]), array("i", ids))
+        if prompt is None or (prompt.parent, prompt.ids) != (place.parent, added):
+            prompt = Prompt(place.key, place.parent, len(self.calls), tuple(said[place.begin :]), added)
         call = Call(
             len(self.calls),
             prompt,
