@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,8 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(engine: Held, **changes: Any) -> AsyncIterator[Server]:
-    api = Api(
-        EngineUpstream(engine, T, MediaSpec.K25, 4000),
-        ApiConfig("m", **{"max_choices": 8, "max_body": 2**20} | changes),
-    )
+    config = replace(ApiConfig("m", max_choices=8, max_body=2**20), **changes)
+    api = Api(EngineUpstream(engine, T, MediaSpec.K25, 4000), config)
     runner = api.runner()
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
