@@ -45,16 +45,14 @@ class PaddedEncoder(nn.Module):
 
     def forward(self, x: Tensor, grids: list[Grid]) -> Tensor:
         sizes = [t * h * w for t, h, w in grids]
-        cos, sin = (
-            pad_sequence(a.split(sizes), batch_first=True)
-            for a in rope_2d(grids, self.encoder.head_dim, x.device, torch.float32)
-        )
+        rotation = rope_2d(grids, self.encoder.head_dim, x.device, torch.float32)
+        rotation = pad_sequence(rotation.split(sizes), batch_first=True)
         x = pad_sequence(x.split(sizes), batch_first=True)
         seen = torch.arange(x.shape[1]) < torch.tensor(sizes)[:, None]
         for block in self.encoder.blocks:
             assert isinstance(block, Block)
             q, k, v = block.wqkv(block.norm0(x)).unflatten(-1, (3, block.heads, -1)).unbind(2)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(q, rotation), rotate(k, rotation)
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
             x = x + block.wo(out.transpose(1, 2).flatten(2))

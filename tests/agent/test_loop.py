@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from baltoro.agent.chaos import Chaos, ChaosEngine
 from baltoro.agent.engine import Completion, Engine, Sampling
 from baltoro.agent.loop import Limits, derive_seed, run_agent
-from baltoro.agent.scripted import ChaosEngine, Script, ScriptedEngine, completion_text
+from baltoro.agent.scripted import Script, ScriptedEngine, completion_text
 from baltoro.agent.tool import CallContext, Tool, ToolResult
 from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
@@ -275,7 +276,8 @@ async def test_calls_before_a_cut_are_executed_and_the_turn_is_closed_by_an_unsa
 
 
 async def test_an_engine_that_fails_is_a_failed_trace(bench: Bench) -> None:
-    trace = await bench.run(ChaosEngine(bench.engine([]), seed=0, failure_rate=1.0))
+    engine = bench.engine(lambda prompt, role: completion_text("x"))
+    trace = await bench.run(ChaosEngine(engine, bench.tokenizer, Chaos(drops=1.0), seed=0))
     assert (trace.status, trace.error) == ("failed", "ConnectionError: the engine did not answer")
 
 

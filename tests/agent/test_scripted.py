@@ -1,9 +1,7 @@
-"""The engines without a model."""
-
-import asyncio
+"""The engine without a model."""
 
 from baltoro.agent.engine import Sampling
-from baltoro.agent.scripted import ChaosEngine, ScriptedEngine, completion_text
+from baltoro.agent.scripted import ScriptedEngine, completion_text
 from baltoro.chat.messages import TokenSequence, ToolCall
 from baltoro.chat.parse import parse_completion
 from baltoro.chat.tokenizer import Tokenizer
@@ -19,24 +17,3 @@ async def test_a_written_completion_parses_to_what_was_meant(tokenizer: Tokenize
         ToolCall("functions.b:4", "b", '{"y": [1, 2]}'),
     )
     assert completion.finish_reason == "stop"
-
-
-async def test_chaos_depends_on_the_call_and_not_on_the_order(tokenizer: Tokenizer) -> None:
-    inner = ScriptedEngine(tokenizer, lambda prompt, role: completion_text("x"))
-
-    async def failed(engine: ChaosEngine, seed: int) -> bool:
-        try:
-            await engine.generate(TokenSequence(), Sampling(9, seed=seed), "agent")
-        except ConnectionError:
-            return True
-        return False
-
-    engine = ChaosEngine(inner, seed=1, max_delay_s=0.002, failure_rate=0.3)
-    forward = await asyncio.gather(*(failed(engine, seed) for seed in range(200)))
-    backward = await asyncio.gather(*(failed(engine, seed) for seed in reversed(range(200))))
-    assert forward == backward[::-1]
-    # 200 draws at 0.3: mean 60, standard deviation 6.5.
-    assert 40 < sum(forward) < 80
-    assert forward != await asyncio.gather(
-        *(failed(ChaosEngine(inner, seed=2, failure_rate=0.3), s) for s in range(200))
-    )

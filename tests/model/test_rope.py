@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from baltoro.model.config import K25, MOONLIGHT
-from baltoro.model.rope import cos_sin, inverse_frequencies, rotate, softmax_scale, yarn_correction_range
+from baltoro.model.rope import inverse_frequencies, rotate, rotations, softmax_scale, yarn_correction_range
 
 
 def test_k25_scale_and_correction_range() -> None:
@@ -30,8 +30,8 @@ def test_rotation_is_a_complex_product_of_adjacent_channels() -> None:
     x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     frequencies = torch.tensor([1.0, 0.3, 0.05, 0.01])
     positions = torch.tensor([0, 1, 2, 7, 4000])
-    cos, sin = cos_sin(positions, frequencies, x.dtype)
-    turned = rotate(x, cos, sin)
+    rotation = rotations(positions, frequencies, x.dtype)
+    turned = rotate(x, rotation)
     for t, position in enumerate(positions.tolist()):
         for h in range(3):
             for pair, frequency in enumerate(frequencies.tolist()):

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baltoro.agent.chaos import Chaos, ChaosEngine
 from baltoro.agent.engine import Completion, Engine, Sampling
 from baltoro.agent.loop import Limits
-from baltoro.agent.scripted import ChaosEngine, Script, ScriptedEngine, completion_text
+from baltoro.agent.scripted import Script, ScriptedEngine, completion_text
 from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence
@@ -248,7 +249,7 @@ async def test_results_do_not_depend_on_scheduling(swarm: Swarm) -> None:
                     else says("", search(f"item{sampling.seed % 20}"))
                 )
             engine = ScriptedEngine(swarm.tokenizer, [word])
-            chaos = ChaosEngine(engine, seed=9, failure_rate=0.1 if role == "subagent" else 0.0)
+            chaos = ChaosEngine(engine, swarm.tokenizer, Chaos(drops=0.1 if role == "subagent" else 0.0), seed=9)
             return await chaos.generate(prompt, sampling, role)
 
     runs = [await swarm.run(Sampled(order)) for order in range(4)]
@@ -366,7 +367,7 @@ async def test_the_single_agent_has_the_tools_without_the_swarm(swarm: Swarm) ->
 
 
 async def test_times_are_those_of_one_clock_and_nest(swarm: Swarm) -> None:
-    trace = await swarm.run(ChaosEngine(swarm.engine(fan_out(5)), seed=1, max_delay_s=0.01))
+    trace = await swarm.run(ChaosEngine(swarm.engine(fan_out(5)), swarm.tokenizer, Chaos(delay_s=0.01), seed=1))
     stage = trace.turns[0]
     for child in trace.children:
         times = [t for turn in child.turns for t in (turn.started, turn.generated, turn.ended)]

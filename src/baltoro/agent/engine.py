@@ -30,10 +30,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token of a completion as it is drawn, with its log-probability at temperature 1."""
+    """One token of a completion as it is drawn, with its log-probability at temperature 1, and by which weights."""
 
     token: int
     logprob: float
+    weight_version: int = 0
 
 
 class Overloaded(Exception):

@@ -1,13 +1,11 @@
-"""Engines without a model: one that follows a script, one that makes another engine slow and unreliable."""
+"""An engine without a model: it follows a script."""
 
 import asyncio
 import json
-import random
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from baltoro.agent.engine import Completion, Engine, Sampled, Sampling
-from baltoro.agent.loop import derive_seed
+from baltoro.agent.engine import Completion, Sampled, Sampling
 from baltoro.chat.messages import TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
 
@@ -70,37 +68,3 @@ def completion_text(
     if section:
         section = f"<|tool_calls_section_begin|>{section}<|tool_calls_section_end|>"
     return f"{reasoning}</think>{text}{section}"
-
-
-class ChaosEngine:
-    """Delays every call by up to `max_delay_s` and lets a share of them fail with ConnectionError; a stream that fails
-    does so after some of its tokens.
-
-    Which calls fail, and by how much each is delayed, follows from `seed` and the call's sampling seed alone.
-    """
-
-    def __init__(self, inner: Engine, *, seed: int, max_delay_s: float = 0.0, failure_rate: float = 0.0) -> None:
-        self._inner = inner
-        self._seed = seed
-        self._max_delay_s = max_delay_s
-        self._failure_rate = failure_rate
-
-    async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
-        _, fails = await self._befall(sampling)
-        if fails:
-            raise ConnectionError("the engine did not answer")
-        return await self._inner.generate(prompt, sampling, role)
-
-    async def stream(self, prompt: TokenSequence, sampling: Sampling, role: str) -> AsyncGenerator[Sampled]:
-        draw, fails = await self._befall(sampling)
-        completion = await self._inner.generate(prompt, sampling, role)
-        given = draw.randrange(len(completion.ids)) if fails else len(completion.ids)
-        for token, logprob in zip(completion.ids[:given], completion.logprobs[:given], strict=True):
-            yield Sampled(token, logprob)
-        if fails:
-            raise ConnectionError("the engine did not answer")
-
-    async def _befall(self, sampling: Sampling) -> tuple[random.Random, bool]:
-        draw = random.Random(derive_seed(self._seed, sampling.seed))
-        await asyncio.sleep(draw.random() * self._max_delay_s)
-        return draw, draw.random() < self._failure_rate

@@ -37,23 +37,23 @@ class MLA(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, dim)
         self.register_buffer("max_logits", torch.full((heads,), float("-inf")), persistent=False)
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """[T, dim] -> nope part [T, H, nope] and rotated part [T, H, rope]."""
         c = self.config
         q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         nope, rope = q.view(-1, c.num_heads, c.qk_head_dim).split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
-        return nope, rotate(rope, cos, sin)
+        return nope, rotate(rope, rotation)
 
-    def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def latents(self, x: Tensor, rotation: Tensor) -> Tensor:
         """[T, dim] -> what the cache holds per token: normed latent and rotated shared key, [T, R + rope]."""
         latent, rope = self.kv_a_proj_with_mqa(x).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
-        return torch.cat((self.kv_a_layernorm(latent), rotate(rope[:, None], cos, sin)[:, 0]), -1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(rope[:, None], rotation)[:, 0]), -1)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, segments: Segments) -> Tensor:
         """x [T, dim] of packed documents -> [T, dim]."""
         c = self.config
-        q_nope, q_rope = self.queries(x, cos, sin)
-        latent, k_rope = self.latents(x, cos, sin).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+        q_nope, q_rope = self.queries(x, rotation)
+        latent, k_rope = self.latents(x, rotation).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
         k_nope, v = (
             self.kv_b_proj(latent)
             .view(-1, c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
@@ -65,13 +65,13 @@ class MLA(nn.Module):
         out = segment_attention(q, k, v, segments, causal=True, scale=self.scale, max_logits=record)
         return self.o_proj(out.flatten(-2))
 
-    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, plan: "CachePlan") -> Tensor:
+    def extend(self, x: Tensor, rotation: Tensor, cache: Tensor, plan: "CachePlan") -> Tensor:
         """New tokens against cached latents, with kv_b absorbed into query and output, so that the cache is never
         decompressed. x [T, dim] packed new tokens; cache [pages, page, R + rope], written at the tokens' places.
         Returns [T, dim]. No gradients."""
         c = self.config
-        cache.view(-1, cache.shape[-1]).index_copy_(0, plan.places, self.latents(x, cos, sin))
-        q_nope, q_rope = self.queries(x, cos, sin)
+        cache.view(-1, cache.shape[-1]).index_copy_(0, plan.places, self.latents(x, rotation))
+        q_nope, q_rope = self.queries(x, rotation)
         up_k, up_v = (
             self.kv_b_proj.weight.to(x.dtype)
             .view(c.num_heads, -1, c.kv_lora_rank)

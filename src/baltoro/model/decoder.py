@@ -7,7 +7,7 @@ from baltoro.model.config import TextConfig
 from baltoro.model.layers import Linear, RMSNorm, SwiGLU
 from baltoro.model.moe import MoE
 from baltoro.model.packed import Segments
-from baltoro.model.rope import cos_sin, inverse_frequencies
+from baltoro.model.rope import inverse_frequencies, rotations
 
 
 class DecoderLayer(nn.Module):
@@ -19,12 +19,12 @@ class DecoderLayer(nn.Module):
         dense = index < config.first_k_dense
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
+    def forward(self, x: Tensor, rotation: Tensor, segments: Segments) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, segments)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, plan: CachePlan) -> Tensor:
-        x = x + self.self_attn.extend(self.input_layernorm(x), cos, sin, cache, plan)
+    def extend(self, x: Tensor, rotation: Tensor, cache: Tensor, plan: CachePlan) -> Tensor:
+        x = x + self.self_attn.extend(self.input_layernorm(x), rotation, cache, plan)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -41,18 +41,18 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """x [T, dim] embeddings of packed documents -> normed states [T, dim]."""
-        cos, sin = cos_sin(segments.positions, self.inv_freq, x.dtype)
+        rotation = rotations(segments.positions, self.inv_freq, x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, segments)
+            x = layer(x, rotation, segments)
         return self.norm(x)
 
     def extend(self, x: Tensor, cache: list[Tensor], plan: CachePlan) -> Tensor:
         """x [T, dim] embeddings of new tokens of several sequences -> normed states [T, dim]; `cache` holds per layer
         [pages, page, R + rope] and is extended in place."""
-        cos, sin = cos_sin(plan.positions, self.inv_freq, x.dtype)
+        rotation = rotations(plan.positions, self.inv_freq, x.dtype)
         for layer, kept in zip(self.layers, cache, strict=True):
             assert isinstance(layer, DecoderLayer)
-            x = layer.extend(x, cos, sin, kept, plan)
+            x = layer.extend(x, rotation, kept, plan)
         return self.norm(x)
 
 

@@ -36,14 +36,14 @@ def softmax_scale(config: TextConfig) -> float:
     return config.qk_head_dim**-0.5 * mscale * mscale
 
 
-def cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions int [tokens] -> two [tokens, rope_dim / 2] in the wide dtype of `dtype`."""
+def rotations(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Tensor:
+    """positions int [tokens] -> complex e^(i angle) [tokens, rope_dim / 2], of the wide dtype of `dtype`."""
     angle = positions.to(wide(dtype))[:, None] * inv_freq.to(wide(dtype))
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent channel pairs. x [..., heads, dim]; cos, sin [..., dim / 2] without the head axis."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs: one complex product. x [..., heads, dim]; rotation [..., dim / 2] without the head
+    axis."""
+    pairs = torch.view_as_complex(x.to(rotation.real.dtype).contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)

@@ -58,8 +58,8 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(1), weight, bias.to(patches.dtype)) + self.pos_emb(grids, patches.dtype)
 
 
-def rope_2d(grids: list[Grid], head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin [N, head_dim / 2]: pair 2k turns with the column, pair 2k + 1 with the row, all frames alike."""
+def rope_2d(grids: list[Grid], head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Complex [N, head_dim / 2]: pair 2k turns with the column, pair 2k + 1 with the row, all frames alike."""
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=dtype, device=device) / head_dim)
     planes: dict[tuple[int, int], Tensor] = {}
     angles: list[Tensor] = []
@@ -70,7 +70,7 @@ def rope_2d(grids: list[Grid], head_dim: int, device: torch.device, dtype: torch
             planes[h, w] = torch.stack((column, row), -1).flatten(-2)
         angles.append(planes[h, w].repeat(t, 1))
     angle = torch.cat(angles)
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 class Mlp(nn.Module):
@@ -93,9 +93,9 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, segments: Segments) -> Tensor:
         q, k, v = self.wqkv(self.norm0(x)).view(len(x), 3, self.heads, -1).unbind(1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         out = segment_attention(q, k, v, segments, causal=False, scale=q.shape[-1] ** -0.5)
         x = x + self.wo(out.flatten(-2))
         return x + self.mlp(self.norm1(x))
@@ -109,10 +109,10 @@ class Encoder(nn.Module):
         self.final_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor, grids: list[Grid]) -> Tensor:
-        cos, sin = rope_2d(grids, self.head_dim, x.device, wide(x.dtype))
+        rotation = rope_2d(grids, self.head_dim, x.device, wide(x.dtype))
         segments = Segments([t * h * w for t, h, w in grids], x.device)
         for block in self.blocks:
-            x = block(x, cos, sin, segments)
+            x = block(x, rotation, segments)
         return self.final_layernorm(x)
 
 

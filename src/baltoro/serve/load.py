@@ -9,7 +9,7 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.kimi import KimiK25
 from baltoro.model.release import Checkpoint, load_release
-from baltoro.serve.api import Api, ApiConfig, serve
+from baltoro.rollout.gateway.api import Api, ApiConfig, serve
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import prepare_machine
 

@@ -108,7 +108,8 @@ class LocalEngine:
                 await ticket.drawn.wait()
                 ticket.drawn.clear()
                 while given < len(request.logprobs):
-                    yield Sampled(request.tokens[request.prompt_len + given], request.logprobs[given])
+                    token, logprob = request.tokens[request.prompt_len + given], request.logprobs[given]
+                    yield Sampled(token, logprob, self.weight_version)
                     given += 1
             if ticket.weight_version is None:
                 raise RuntimeError("the engine stopped")

@@ -2,27 +2,35 @@
 
 import base64
 import binascii
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
-from baltoro.chat.decode import decode_image
-from baltoro.chat.messages import Image, Message, Part, ToolCall, ToolSpec, Video
+from baltoro.chat.messages import ToolCall, ToolSpec
 from baltoro.chat.schema import check_schema
-from baltoro.serve.protocol import (
+from baltoro.rollout.gateway.chat_request import (
     AnyPart,
     AnyTurn,
-    ApiError,
     AssistantTurn,
-    ChatRequest,
     FunctionTool,
     SystemTurn,
     TextPart,
     ToolTurn,
 )
+from baltoro.rollout.gateway.errors import ApiError
+from baltoro.rollout.gateway.said import Media, Said
 
 _OUR_ID = re.compile(r"functions\.[^<]+:[0-9]+")
-# Pictures are decoded before they are shrunk, so this bounds the memory of one request to some 400 MB.
-_PIXEL_LIMIT = 2**27
+
+
+@dataclass(frozen=True, eq=False)
+class Dialogue:
+    """`files`: those of the media, by hash. `places`: where in the request each of them first stands."""
+
+    said: list[Said]
+    files: dict[str, bytes]
+    places: dict[str, str]
 
 
 def read_tools(tools: Sequence[FunctionTool]) -> list[ToolSpec]:
@@ -30,7 +38,7 @@ def read_tools(tools: Sequence[FunctionTool]) -> list[ToolSpec]:
     specs: list[ToolSpec] = []
     for i, tool in enumerate(tools):
         function = tool.function
-        parameters = {"type": "object", **(function.parameters or {})}
+        parameters: dict[str, object] = {"type": "object", **(function.parameters or {})}
         if any(spec.name == function.name for spec in specs):
             raise ApiError(400, f"two tools have the name {function.name}", param=f"tools.{i}.function.name")
         try:
@@ -44,66 +52,70 @@ def read_tools(tools: Sequence[FunctionTool]) -> list[ToolSpec]:
     return specs
 
 
-def read_messages(request: ChatRequest) -> list[Message]:
-    """Raises ApiError 400, naming the message and its fault. Pictures are decoded here, videos when they are rendered.
+def read_dialogue(turns: Sequence[AnyTurn], written: Container[str] = ()) -> Dialogue:
+    """Raises ApiError 400, naming the message and its fault.
 
     K2.5 knows tool calls as functions.name:index. Ids that another server made are replaced by the like, counted
-    through the dialogue; those of this form stay as the model wrote them (model.md section 3.11).
+    through the dialogue; those of this form, and those that the model is known to have `written`, stay as they are
+    (model.md section 3.11).
     """
-    reader = _Reader()
-    return [reader.read(turn, f"messages.{i}") for i, turn in enumerate(request.messages)]
+    reader = _Reader(written)
+    said = [reader.read(turn, f"messages.{i}") for i, turn in enumerate(turns)]
+    return Dialogue(said, reader.files, reader.places)
 
 
 class _Reader:
-    def __init__(self) -> None:
+    def __init__(self, written: Container[str]) -> None:
+        self._written = written
         self._calls = 0
         self._ids: dict[str, str] = {}
-        self._pixels = 0
+        self.files: dict[str, bytes] = {}
+        self.places: dict[str, str] = {}
 
-    def read(self, turn: AnyTurn, place: str) -> Message:
+    def read(self, turn: AnyTurn, place: str) -> Said:
         name = turn.name or ""
         if isinstance(turn, AssistantTurn):
             calls = tuple(self._call(c.id, c.function.name, c.function.arguments) for c in turn.tool_calls or ())
             content = self._parts(turn.content or (), place)
-            return Message("assistant", content, turn.reasoning_content or "", calls, name=name)
+            return Said("assistant", content, turn.reasoning_content or "", calls, name=name)
         content = self._parts(turn.content, place)
         if isinstance(turn, SystemTurn):
-            return Message("system", content, name=name)
+            return Said("system", content, name=name)
         if isinstance(turn, ToolTurn):
             if turn.tool_call_id not in self._ids:
                 fault = f"no assistant message before has a tool call with the id {turn.tool_call_id}"
                 raise ApiError(400, f"{place}.tool_call_id: {fault}", param=f"{place}.tool_call_id")
-            return Message("tool", content, tool_call_id=self._ids[turn.tool_call_id], name=name)
-        return Message("user", content, name=name)
+            return Said("tool", content, answers=self._ids[turn.tool_call_id], name=name)
+        return Said("user", content, name=name)
 
     def _call(self, call_id: str, name: str, arguments: str) -> ToolCall:
-        self._ids[call_id] = call_id if _OUR_ID.fullmatch(call_id) else f"functions.{name}:{self._calls}"
+        ours = call_id in self._written or _OUR_ID.fullmatch(call_id)
+        self._ids[call_id] = call_id if ours else f"functions.{name}:{self._calls}"
         self._calls += 1
         return ToolCall(self._ids[call_id], name, arguments)
 
-    def _parts(self, content: str | Sequence[AnyPart], place: str) -> tuple[Part, ...]:
+    def _parts(self, content: str | Sequence[AnyPart], place: str) -> tuple[str | Media, ...]:
         if isinstance(content, str):
             return (content,) if content else ()
         return tuple(self._part(part, f"{place}.content.{i}") for i, part in enumerate(content))
 
-    def _part(self, part: AnyPart, place: str) -> Part:
+    def _part(self, part: AnyPart, place: str) -> str | Media:
         if isinstance(part, TextPart):
             return part.text
         kind = "image" if part.type == "image_url" else "video"
         url = part.image_url.url if part.type == "image_url" else part.video_url.url
         try:
             data = _data(url, kind)
-            return self._image(data) if kind == "image" else Video(data)
         except ValueError as error:
-            param = f"{place}.{part.type}.url"
-            raise ApiError(400, f"{param}: {error}", code=f"invalid_{kind}", param=param) from None
+            raise media_fault(f"{place}.{part.type}.url", kind, error) from None
+        name = hashlib.blake2b(data, digest_size=16).hexdigest()
+        self.files[name] = data
+        self.places.setdefault(name, f"{place}.{part.type}.url")
+        return Media(kind, name)
 
-    def _image(self, data: bytes) -> Image:
-        image = decode_image(data)
-        self._pixels += image.pixels.shape[0] * image.pixels.shape[1]
-        if self._pixels > _PIXEL_LIMIT:
-            raise ValueError(f"the images of one request have more than {_PIXEL_LIMIT} pixels; scale them down")
-        return image
+
+def media_fault(place: str, kind: str, error: ValueError) -> ApiError:
+    return ApiError(400, f"{place}: {error}", code=f"invalid_{kind}", param=place)
 
 
 def _data(url: str, kind: str) -> bytes:

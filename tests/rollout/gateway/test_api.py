@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from PIL import Image as PilImage
 
+from baltoro.agent.chaos import Chaos, ChaosEngine
 from baltoro.agent.engine import Sampled, Sampling, StreamingEngine
-from baltoro.agent.scripted import ChaosEngine, ScriptedEngine, completion_text
+from baltoro.agent.scripted import ScriptedEngine, completion_text
 from baltoro.chat.declare import declare_tools
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence, ToolSpec
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.serve.api import Api, ApiConfig
+from baltoro.rollout.gateway.api import Api, ApiConfig
 
 T = Tokenizer({bytes([b]): b for b in range(256)})
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
@@ -418,13 +419,13 @@ async def test_errors_reach_the_client_as_its_own_exceptions() -> None:
 
 async def test_an_engine_that_fails_is_a_500_and_in_a_stream_an_error_event(caplog: pytest.LogCaptureFixture) -> None:
     inner = ScriptedEngine(T, lambda prompt, role: completion_text("x"))
-    async with served(ChaosEngine(inner, seed=0, failure_rate=1.0)) as client:
+    async with served(ChaosEngine(inner, T, Chaos(drops=1.0), seed=0)) as client:
         with pytest.raises(openai.InternalServerError) as failed:
             await client.chat.completions.create(model="m", messages=ASK, n=2)
         assert failed.value.code == "engine_failed"
         assert "Traceback" not in str(failed.value.body)
         outcomes: set[str] = set()
-        for seed in range(8):
+        for seed in range(16):
             try:
                 stream = await client.chat.completions.create(model="m", messages=ASK, stream=True, seed=seed)
             except openai.InternalServerError:

@@ -1,78 +1,80 @@
-"""What crosses the wire: OpenAI's chat completion requests, checked, and errors in OpenAI's form.
+"""OpenAI's chat completion requests, checked: the form to which the other dialects are brought.
 
 A field that would change the answer and is not supported is refused, never ignored.
 """
 
-import json
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+TOOL_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
-class ApiError(Exception):
-    """An answer in OpenAI's error form. 4xx: the client's mistake, said in words for its author."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class _Model(BaseModel):
+class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class TextPart(_Model):
+class Sparse(Wire):
+    """A field that is null is absent: clients send back what they got with every field that they know of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {k: v for k, v in cast(dict[str, Any], fields).items() if v is not None}
+
+
+class TextPart(Wire):
     type: Literal["text"]
     text: str
 
 
-class MediaUrl(_Model):
+class MediaUrl(Wire):
     """`detail` is a hint that has no effect: pictures are seen at their own resolution."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Model):
+class ImagePart(Wire):
     type: Literal["image_url"]
     image_url: MediaUrl
 
 
-class VideoPart(_Model):
+class VideoPart(Wire):
     type: Literal["video_url"]
     video_url: MediaUrl
 
 
 AnyPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+Parts = str | list[AnyPart]
 
 
-class FunctionCall(_Model):
+class FunctionCall(Wire):
     name: str
     arguments: str
 
 
-class Call(_Model):
+class Call(Wire):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class SystemTurn(_Model):
+class SystemTurn(Wire):
     role: Literal["system", "developer"]
     content: str | list[TextPart]
     name: str | None = None
 
 
-class UserTurn(_Model):
+class UserTurn(Wire):
     role: Literal["user"]
-    content: str | list[AnyPart]
+    content: Parts
     name: str | None = None
 
 
-class AssistantTurn(_Model):
+class AssistantTurn(Wire):
     """The fields that are always null come with messages that clients send back as they got them."""
 
     role: Literal["assistant"]
@@ -87,9 +89,9 @@ class AssistantTurn(_Model):
     function_call: None = None
 
 
-class ToolTurn(_Model):
+class ToolTurn(Wire):
     role: Literal["tool"]
-    content: str | list[AnyPart]
+    content: Parts
     tool_call_id: str
     name: str | None = None
 
@@ -97,44 +99,44 @@ class ToolTurn(_Model):
 AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
 
 
-class Function(_Model):
+class Function(Wire):
     """`strict` is accepted, for clients send it unasked: arguments are checked, not constrained."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class FunctionTool(_Model):
+class FunctionTool(Wire):
     type: Literal["function"]
     function: Function
 
 
-class StreamOptions(_Model):
+class StreamOptions(Wire):
     include_usage: bool = False
 
 
-class TemplateOptions(_Model):
+class TemplateOptions(Wire):
     """`preserve_thinking` keeps the reasoning of finished turns, which the chat template drops."""
 
     thinking: bool = True
     preserve_thinking: bool = False
 
 
-class Thinking(_Model):
+class Thinking(Wire):
     type: Literal["enabled", "disabled"]
     keep: Literal["all"] | None = None
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(Wire):
     type: Literal["text"]
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class ChatRequest(_Model):
+class ChatRequest(Sparse):
     model: str
     messages: list[AnyTurn] = Field(min_length=1)
     tools: list[FunctionTool] = []
@@ -142,13 +144,13 @@ class ChatRequest(_Model):
     parallel_tool_calls: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
-    n: int = Field(1, ge=1, le=128)
+    n: int = Field(default=1, ge=1, le=128)
     logprobs: bool = False
     top_logprobs: int = 0
     return_token_ids: bool = False
@@ -163,14 +165,9 @@ class ChatRequest(_Model):
     prompt_cache_key: str | None = None
     # Admitted only where they ask for nothing.
     response_format: ResponseFormat | None = None
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    presence_penalty: float = Field(default=0.0, ge=0, le=0)
+    frequency_penalty: float = Field(default=0.0, ge=0, le=0)
+    logit_bias: dict[str, Any] | None = Field(default=None, max_length=0)
 
     @field_validator("tool_choice")
     @classmethod
@@ -197,37 +194,3 @@ class ChatRequest(_Model):
     @property
     def keeps_reasoning(self) -> bool:
         return self.chat_template_kwargs.preserve_thinking or bool(self.thinking and self.thinking.keep)
-
-
-def read_request(data: bytes) -> ChatRequest:
-    """Raises ApiError 400, naming the field and the fault."""
-    try:
-        body = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    try:
-        return ChatRequest.model_validate(body)
-    except ValidationError as error:
-        # A union reports every arm; the arm that was meant is the one that got furthest.
-        worst = max(error.errors(include_url=False), key=lambda e: len(_place(body, e["loc"])))
-        place = _place(body, worst["loc"])
-        if worst["type"] == "missing":
-            place.append(str(worst["loc"][-1]))
-        param = ".".join(place)
-        raise ApiError(400, f"{param or 'the body'}: {worst['msg']}", param=param or None) from None
-
-
-def _place(body: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """Those parts of pydantic's location that exist in the body: it also names the arms of unions."""
-    place: list[str] = []
-    for part in loc:
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
-            body = cast(Any, body)[part]
-            place.append(str(part))
-    return place
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,37 @@
+"""Where recorded calls stay."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from baltoro.rollout.gateway.graph import Call, Session
+
+
+class Store(Protocol):
+    async def save(self, session: str, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
+        """`files`: those of the dialogue's media, by hash. Returns when the calls are safe."""
+        ...
+
+    def load(self, session: str) -> Session | None:
+        """A session as it was saved. Blocks."""
+        ...
+
+    def files(self, session: Session) -> Mapping[str, bytes]:
+        """Of all media in the session. Blocks."""
+        ...
+
+
+class MemoryStore:
+    """Keeps everything for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+
+    async def save(self, session: str, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
+        for name, file in files.items():
+            self._files.setdefault(name, file)
+
+    def load(self, session: str) -> Session | None:
+        return None
+
+    def files(self, session: Session) -> Mapping[str, bytes]:
+        return self._files
