@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from baltoro.agent.engine import Engine, Sampling
-from baltoro.agent.loop import Limits, derive_seed, run_agent
-from baltoro.agent.trace import Trace
+from baltoro.agent.engine import Sampling
+from baltoro.agent.loop import derive_seed
 from baltoro.chat.media import MediaSpec
-from baltoro.chat.messages import Message, user
+from baltoro.chat.messages import Message
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.config import dump
@@ -37,21 +36,23 @@ from baltoro.report.html import write_report as write_html
 from baltoro.report.progress import Progress as Display
 from baltoro.report.run_folder import RunFolder, commit
 from baltoro.rl.shaping import ParlShaping
-from baltoro.rl.trainer import IterationReport, RLConfig, Rollout, run_rl
+from baltoro.rl.trainer import IterationReport, RLConfig, Tasks, Weights, run_rl
+from baltoro.rollout.env import Env
+from baltoro.rollout.judge import Policy, Task
+from baltoro.rollout.questions import questions
+from baltoro.rollout.record import write_episodes
 from baltoro.serve.live import LivePrompt
 from baltoro.serve.load import Loaded, ServeConfig, threads
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.critical import critical_steps, parallelism
 from baltoro.swarm.demonstrations import Demonstrator
-from baltoro.swarm.wide import Library, WideRules, solve
+from baltoro.swarm.wide import WideRules, wide_env
 from baltoro.train.machine import prepare_machine
 from baltoro.train.stage import StageConfig, StepReport, run_stage
 from baltoro.train.state import load_state, read_progress
 from baltoro.world.corpora import folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
-from baltoro.world.tasks import wide_search
-from baltoro.world.vision import VISION_TASKS
 
 
 @dataclass(frozen=True)
@@ -284,48 +285,21 @@ class Run:
 
     def joint_rl(self) -> None:
         """Outcome rewards on pictures and on look-ups together (2.3)."""
-        config = self.config.rl
-        tasks = list(VISION_TASKS.values())
-        rules = self.config.agents.rules
+        agents = self.config.agents
+        look_up = wide_env("single", 8, agents.rules, (1, 2))
+        pictures = questions("train")
 
-        async def rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
-            rng = random.Random(task_seed)
-            if rng.random() < 0.25:
-                world = World(rng.randrange(2**31), "train")
-                trace = await solve(
-                    engine,
-                    self.tokenizer,
-                    self.config.media,
-                    wide_search(rng, world, 1, 2),
-                    Library(world.documents),
-                    mode="single",
-                    critical_steps=8,
-                    sampling=Sampling(rules.max_turn_tokens, seed=episode_seed),
-                    rules=rules,
-                    role="policy",
-                )
-                return trace.with_signals(text=trace.signals["perf"])
-            task = rng.choice(tasks)
-            example = task.sample(rng, "train")
-            trace = await run_agent(
-                engine,
-                self.tokenizer,
-                self.config.media,
-                role="policy",
-                messages=[user(example.media, example.question)],
-                tools=[],
-                limits=Limits(max_turns=1, max_context_tokens=512, max_turn_tokens=24),
-                sampling=Sampling(24, seed=episode_seed),
-                declare_tools=False,
-                trainable=True,
-            )
-            score = task.score(trace.final_text, example.gold)
-            return trace.with_signals(perf=score, vision=score)
+        def tasks(seed: int) -> tuple[Env, Task]:
+            env = look_up if random.Random(seed).random() < 0.25 else pictures
+            return env, env.sample(seed)
 
         def record(report: IterationReport) -> dict[str, float]:
-            return {"vision_reward": report.mean_of("vision"), "text_reward": report.mean_of("text")}
+            return {
+                "vision_reward": report.mean_of("perf", pictures.name),
+                "text_reward": report.mean_of("perf", look_up.name),
+            }
 
-        self._reinforce("rl", config, self.model, {}, "policy", rollout, lambda t, _: t.signals["perf"], record)
+        self._reinforce("rl", self.config.rl, self.model, {}, "policy", tasks, lambda _: {"perf": 1.0}, record)
 
     def parl(self) -> None:
         """A trainable orchestrator over subagents frozen at the weights it starts from (section 3)."""
@@ -333,14 +307,15 @@ class Run:
         frozen = KimiK25(self.model_config, self.tokenizer.media_pad, self.dtype)
         frozen.load_state_dict(self.model.state_dict())
         iterations = config.rl.iterations
+        env = wide_env("swarm", config.budget, self.config.agents.rules, config.entities)
 
         def record(report: IterationReport) -> dict[str, float]:
             first, second = config.shaping.lambdas(report.iteration - 1, iterations)
             return {
-                "accuracy": report.mean_of("perf"),
+                "accuracy": report.mean_of("perf", env.name),
                 "parallelism": report.mean(parallelism),
                 "critical_steps": report.mean(critical_steps),
-                "finish": report.mean_of("finish"),
+                "finish": report.mean_of("finish", env.name),
                 "lambda_parallel": first,
                 "lambda_finish": second,
             }
@@ -351,8 +326,8 @@ class Run:
             self.model,
             {"subagent": frozen},
             "orchestrator",
-            self._parl_rollout,
-            lambda trace, iteration: config.shaping.reward(trace.signals, iteration, iterations),
+            lambda seed: (env, env.sample(seed)),
+            lambda iteration: config.shaping.weights(iteration, iterations),
             record,
         )
 
@@ -363,8 +338,8 @@ class Run:
         model: KimiK25,
         frozen: dict[str, KimiK25],
         role: str,
-        rollout: Rollout,
-        reward: Callable[[Trace, int], float],
+        tasks: Tasks,
+        weights: Weights,
         record: Callable[[IterationReport], dict[str, float]],
     ) -> None:
         checkpoint = self.folder.checkpoint(name)
@@ -372,6 +347,9 @@ class Run:
         self.folder.begin_stage(name, done)
         self.display.stage(name, _LEARNS[name], config.iterations, done)
         engine = self.engine({role: model, **frozen})
+        draw = Sampling(self.config.agents.rules.max_turn_tokens)
+        policy = Policy(self.tokenizer, self.config.media, draw, role, declare_tools=False)
+        episodes = self.folder.path / "episodes" / f"{name}.jsonl"
 
         def report(iteration: IterationReport) -> None:
             numbers = {"reward": iteration.reward, **record(iteration)}
@@ -388,37 +366,23 @@ class Run:
                 mismatch=update.mismatch,
             )
             self._show(name, model, iteration.iteration, numbers)
+            if iteration.iteration == config.iterations:
+                episodes.unlink(missing_ok=True)
+                write_episodes(episodes, iteration.records, self.tokenizer, self.config.media)
 
         progress = run_rl(
             name,
             model,
-            role,
             engine,
             config,
-            rollout,
-            reward,
+            tasks,
+            policy,
+            weights,
             derive_seed(self.config.seed, *name.encode()),
             checkpoint,
             report,
         )
         self.folder.end_stage(name, _LEARNS[name], progress.seconds, progress.tokens, "reward")
-
-    async def _parl_rollout(self, engine: Engine, task_seed: int, episode_seed: int) -> Trace:
-        config = self.config.parl
-        rng = random.Random(task_seed)
-        world = World(rng.randrange(2**31), "train")
-        return await solve(
-            engine,
-            self.tokenizer,
-            self.config.media,
-            wide_search(rng, world, *config.entities),
-            Library(world.documents),
-            mode="swarm",
-            critical_steps=config.budget,
-            sampling=Sampling(self.config.agents.rules.max_turn_tokens, seed=episode_seed),
-            rules=self.config.agents.rules,
-            role="orchestrator",
-        )
 
     def evaluate(self) -> None:
         """Held-out tasks with the final weights; the orchestrator's width before and after PARL by the same tasks."""
