@@ -19,13 +19,15 @@ class Command:
     """`run(file, overrides)` imports what it needs when called: `baltoro --help` answers at once, without torch.
 
     `file` names and explains the first argument. With `forms` the command takes a source and a target folder, and
-    `--to` one of the forms; `run(source, [target, form])`."""
+    `--to` one of the forms; `run(source, [target, form])`. With `subjects` (explained by `subject`) one of them comes
+    before the file; `run(file, [subject, *overrides])`. `run` may return an exit status."""
 
     summary: str
     details: str
     example: str
-    run: Callable[[Path, Sequence[str]], None]
+    run: Callable[[Path, Sequence[str]], int | None]
     subjects: tuple[str, ...] = ()
+    subject: str = "what to do"
     forms: tuple[str, ...] = ()
     file: tuple[str, str] = ("run.toml", "the run file, one of configs/ or your own")
 
@@ -39,7 +41,7 @@ def _recipe(file: Path, overrides: Sequence[str]) -> None:
 def _ablate(file: Path, overrides: Sequence[str]) -> None:
     from baltoro.recipe import RecipeConfig, ablate_parl
 
-    ablate_parl(config.load(file, overrides, RecipeConfig))
+    ablate_parl(config.load(file, overrides[1:], RecipeConfig))
 
 
 def _report(file: Path, overrides: Sequence[str]) -> None:
@@ -82,6 +84,103 @@ def _serve(target: Path, overrides: Sequence[str]) -> None:
     serve_model(loaded, settings, settings.name or folder.resolve().name)
 
 
+@dataclass(frozen=True)
+class EnvSettings:
+    """`baltoro env`. seed: of the task to play; pictures: the folder that they are written into."""
+
+    seed: int = 0
+    pictures: Path = Path("play")
+
+
+def _env(file: Path, words: Sequence[str]) -> int:
+    settings = config.from_overrides(words[1:], EnvSettings)
+    return {"new": _env_new, "check": _env_check, "play": _env_play}[words[0]](file, settings)
+
+
+def _env_new(file: Path, settings: EnvSettings) -> int:
+    from importlib.resources import files
+
+    path = file.with_suffix(".py")
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another name")
+    text = files("baltoro.rollout").joinpath("new_env.py.txt").read_text(encoding="utf-8")
+    path.write_text(text.replace("NAME", path.stem), encoding="utf-8")
+    print(f"{path} is an environment; try it: baltoro env check {path}, baltoro env play {path}")
+    return 0
+
+
+def _env_check(file: Path, settings: EnvSettings) -> int:
+    import asyncio
+    import faulthandler
+
+    from baltoro.rollout.conform import conform, load_env
+
+    env = load_env(file)
+    # An environment that blocks the loop for good could not be stopped otherwise; the traceback shows where it hangs.
+    checks = asyncio.run(conform(env, lambda name: faulthandler.dump_traceback_later(120, exit=True)))
+    faulthandler.cancel_dump_traceback_later()
+    for check in checks:
+        print(f"{'fault' if check.faults else 'ok':5} {check.name}")
+        for fault in check.faults:
+            print(f"      {fault}")
+    faults = sum(len(check.faults) for check in checks)
+    verdict = f"{faults} faults" if faults else "conforms to version 1 of the interface"
+    print(f"{env.name} {env.version}: {verdict}")
+    return min(faults, 1)
+
+
+def _env_play(file: Path, settings: EnvSettings) -> int:
+    import asyncio
+
+    from baltoro.rollout.conform import load_env
+    from baltoro.rollout.play import play
+
+    def read(prompt: str) -> str:
+        try:
+            return input(prompt)
+        except EOFError:
+            return "quit"
+
+    asyncio.run(play(load_env(file), settings.seed, settings.pictures, read, print, sys.stdout.isatty()))
+    return 0
+
+
+def _trace(file: Path, words: Sequence[str]) -> int:
+    settings = config.from_overrides(words[1:], TraceSettings)
+    return {"verify": _trace_verify}[words[0]](file, settings)
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """`baltoro trace`. env: the file of the environment, to judge again."""
+
+    env: Path | None = None
+
+
+def _trace_verify(file: Path, settings: TraceSettings) -> int:
+    from baltoro.rollout.conform import load_env
+    from baltoro.rollout.record import Record, read_episodes
+    from baltoro.rollout.verify import evidence, verify
+
+    recording = read_episodes(file)
+    judge = load_env(settings.env).judge if settings.env else None
+
+    def again(record: Record) -> dict[str, float]:
+        return judge.again(record.task, record.trace) if judge else {}
+
+    findings = verify(recording, again)
+    for finding in findings:
+        print(finding)
+    print("role            agents trainable turns  without: ids log-probabilities version  broken prefixes")
+    for role, row in evidence(recording.records).items():
+        print(
+            f"{role:15} {row.agents:6} {row.trainable:9} {row.turns:5} {row.without_ids:13} {row.without_logprobs:17}"
+            f" {row.without_version:7} {row.broken:16}"
+        )
+    print(f"{len(recording.records)} episodes, {len(findings) or 'no'} findings")
+    return 1 if findings else 0
+
+
 COMMANDS = {
     "recipe": Command(
         "run the whole recipe, stage after stage, and write the report",
@@ -99,6 +198,7 @@ COMMANDS = {
         "baltoro ablate parl configs/nano.toml",
         _ablate,
         subjects=("parl",),
+        subject="what to leave parts out of",
     ),
     "report": Command(
         "write the report of a finished run again, from its records",
@@ -119,6 +219,31 @@ COMMANDS = {
         _convert,
         forms=("bf16", "int4", "hf"),
     ),
+    "env": Command(
+        "write, check or play an environment",
+        "new FILE: writes a small environment that runs at once, to be changed into your own.\n"
+        "check FILE: puts an environment to the test of the interface: the same under the same seed, typed\n"
+        "observations, valid tools, instances that share nothing, reset after close, finite named rewards, bounded\n"
+        "steps that do not hold up others, nothing left after a cancellation. Exit status 1 if it has faults.\n"
+        "play FILE: you are the agent. seed= chooses the task, pictures= the folder for the pictures.\n"
+        "An environment is a Python file that says `env = Env(...)`; check and play run it.",
+        "baltoro env play desktop.py seed=3",
+        _env,
+        subjects=("new", "check", "play"),
+        file=("FILE", "the environment's Python file"),
+    ),
+    "trace": Command(
+        "verify recorded episodes",
+        "verify FILE: recomputes what training relies on, and prints one line for everything that is wrong: turns\n"
+        "that do not extend the tokens before them, masks and log-probabilities that do not fit, media tokens against\n"
+        "grids and pixels, control tokens within text, rewards, draws that are trained on twice; then, by role, what\n"
+        "evidence is missing. env=FILE judges the episodes again. Exit status 1 if anything is wrong.\n"
+        "FILE is a .jsonl file that a run wrote, with the folder of the same name beside it.",
+        "baltoro trace verify runs/nano/episodes/rl.jsonl",
+        _trace,
+        subjects=("verify",),
+        file=("FILE", "a file of episodes"),
+    ),
     "serve": Command(
         "answer OpenAI's chat completion requests with a trained model",
         "FOLDER is the folder of a run, or a checkpoint in the released layout with its tiktoken.model; a run file\n"
@@ -136,19 +261,21 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one line on stderr; with BALTORO_DEBUG=1 a traceback), 130 Ctrl-C."""
+    """Exit status: 0 done, 1 what was examined has faults, 2 a user's mistake (one line on stderr; with
+    BALTORO_DEBUG=1 a traceback), 130 Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     given = _parser().parse_args(words)
     file: Path = given.file
+    subject = [given.subject] if "subject" in given else []
     try:
-        COMMANDS[given.command].run(file, [given.target, given.to] if "to" in given else given.overrides)
+        run = COMMANDS[given.command].run
+        return run(file, [given.target, given.to] if "to" in given else [*subject, *given.overrides]) or 0
     except KeyboardInterrupt:
         return _say(f"interrupted; to resume, run again: baltoro {' '.join(words)}", 130)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("BALTORO_DEBUG") or (isinstance(error, ModuleNotFoundError) and _ours(error)):
             raise
         return _say(_explain(error, file), 2)
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -177,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--to", choices=command.forms, required=True, help="the format of TARGET")
             continue
         if command.subjects:
-            one.add_argument("subject", choices=command.subjects, help="what to leave parts out of")
+            one.add_argument("subject", choices=command.subjects, help=command.subject)
         metavar, meaning = command.file
         one.add_argument("file", type=Path, metavar=metavar, help=meaning)
         one.add_argument(

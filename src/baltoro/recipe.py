@@ -5,7 +5,6 @@ one goes on where it stopped."""
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -19,10 +18,10 @@ from pathlib import Path
 import torch
 
 from baltoro.agent.engine import Engine, Sampling
-from baltoro.agent.loop import Limits, derive_seed, run_agent
+from baltoro.agent.loop import Limits, derive_seed
 from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
-from baltoro.chat.messages import Message, user
+from baltoro.chat.messages import Message
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.config import dump
@@ -41,22 +40,24 @@ from baltoro.report.progress import Progress as Display
 from baltoro.report.run_folder import RunFolder, commit
 from baltoro.rl.black_box import Program, program
 from baltoro.rl.shaping import ParlShaping
-from baltoro.rl.trainer import IterationReport, Opened, RLConfig, Rollout, run_rl
-from baltoro.score.table import item_f1, parse_table
+from baltoro.rl.trainer import IterationReport, Opened, RLConfig, Tasks, Weights, run_rl
+from baltoro.rollout.env import Agent, Env
+from baltoro.rollout.env import World as EnvWorld
+from baltoro.rollout.judge import Policy, Task
+from baltoro.rollout.questions import questions
+from baltoro.rollout.record import write_episodes
 from baltoro.serve.live import LivePrompt
 from baltoro.serve.load import Loaded, ServeConfig, threads
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.critical import critical_steps, parallelism
 from baltoro.swarm.demonstrations import Demonstrator
-from baltoro.swarm.wide import Library, WideRules, solve
+from baltoro.swarm.wide import WideRules, wide_env
 from baltoro.train.machine import prepare_machine
 from baltoro.train.stage import StageConfig, StepReport, run_stage
 from baltoro.train.state import load_state, read_progress
 from baltoro.world.corpora import folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
-from baltoro.world.tasks import wide_search
-from baltoro.world.vision import VISION_TASKS
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class CaptionerConfig:
 class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
     bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
-    a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are done by a
+    a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are made by a
     program of its own, through the gateway."""
 
     folder: Path
@@ -133,7 +134,6 @@ class RecipeConfig:
     corpus: Path | None = None
 
 
-_LOOK_UP_TURNS = 8
 _LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
     "projector": "only the projector learns, to fit the tower to the language model",
@@ -291,80 +291,40 @@ class Run:
         return LocalEngine(models, self.tokenizer, slots=agents.slots, max_len=agents.rules.max_context_tokens)
 
     def joint_rl(self) -> None:
-        """Outcome rewards on pictures and on look-ups together (2.3). With `black_box` the look-ups are done by
-        `swarm.client` behind the gateway."""
-        config = self.config.rl
-        tasks = list(VISION_TASKS.values())
-        rules = self.config.agents.rules
+        """Outcome rewards on pictures and on look-ups together (2.3); with `black_box` the look-ups are made by
+        `swarm.client`, behind the gateway."""
+        agents = self.config.agents
+        look_up = wide_env("single", 8, agents.rules, (1, 2))
+        pictures = questions("train")
+
         engine = self.engine({"policy": self.model})
 
-        async def rollout(behind: Program | None, engine: Engine, task_seed: int, episode_seed: int) -> Trace:
-            rng = random.Random(task_seed)
-            if rng.random() < 0.25:
-                world_seed = rng.randrange(2**31)
-                world = World(world_seed, "train")
-                question = wide_search(rng, world, 1, 2)
-                if behind:
-                    from baltoro.swarm import client  # for the sake of those who have no openai installed
-
-                    job = dataclasses.asdict(
-                        client.Job(
-                            "policy",
-                            world_seed,
-                            "train",
-                            question.prompt,
-                            episode_seed,
-                            _LOOK_UP_TURNS,
-                            rules.max_turn_tokens,
-                        )
-                    )
-                    answer, trace = await behind.solve(f"{task_seed}-{episode_seed}", job)
-                    trace = trace.with_signals(perf=item_f1(parse_table(answer, question.columns), question.gold))
-                else:
-                    trace = await solve(
-                        engine,
-                        self.tokenizer,
-                        self.config.media,
-                        question,
-                        Library(world.documents),
-                        mode="single",
-                        critical_steps=_LOOK_UP_TURNS,
-                        sampling=Sampling(rules.max_turn_tokens, seed=episode_seed),
-                        rules=rules,
-                        role="policy",
-                    )
-                return trace.with_signals(text=trace.signals["perf"])
-            task = rng.choice(tasks)
-            example = task.sample(rng, "train")
-            trace = await run_agent(
-                engine,
-                self.tokenizer,
-                self.config.media,
-                role="policy",
-                messages=[user(example.media, example.question)],
-                tools=[],
-                limits=Limits(max_turns=1, max_context_tokens=512, max_turn_tokens=24),
-                sampling=Sampling(24, seed=episode_seed),
-                declare_tools=False,
-                trainable=True,
-            )
-            score = task.score(trace.final_text, example.gold)
-            return trace.with_signals(perf=score, vision=score)
-
-        def record(report: IterationReport) -> dict[str, float]:
-            return {"vision_reward": report.mean_of("vision"), "text_reward": report.mean_of("text")}
+        def tasks(seed: int) -> tuple[Env, Task]:
+            env = look_up if random.Random(seed).random() < 0.25 else pictures
+            return env, env.sample(seed)
 
         @contextlib.asynccontextmanager
-        async def opened() -> AsyncGenerator[Rollout]:
+        async def opened() -> AsyncGenerator[Tasks]:
             if not self.config.black_box:
-                yield functools.partial(rollout, None)
+                yield tasks
                 return
             command = (sys.executable, "-m", "baltoro.swarm.client")
-            c = self.config
-            async with program(command, engine, self.tokenizer, c.media, "policy", rules.max_context_tokens) as running:
-                yield functools.partial(rollout, running)
+            context = agents.rules.max_context_tokens
+            async with program(command, engine, self.tokenizer, self.config.media, "policy", context) as running:
 
-        self._reinforce("rl", config, self.model, engine, "policy", opened, lambda t, _: t.signals["perf"], record)
+                def outside(seed: int) -> tuple[Env, Task]:
+                    env, task = tasks(seed)
+                    return (dataclasses.replace(env, agent=_client(running, task)) if env is look_up else env), task
+
+                yield outside
+
+        def record(report: IterationReport) -> dict[str, float]:
+            return {
+                "vision_reward": report.mean_of("perf", pictures.name),
+                "text_reward": report.mean_of("perf", look_up.name),
+            }
+
+        self._reinforce("rl", self.config.rl, self.model, engine, "policy", opened, lambda _: {"perf": 1.0}, record)
 
     def parl(self) -> None:
         """A trainable orchestrator over subagents frozen at the weights it starts from (section 3)."""
@@ -372,14 +332,15 @@ class Run:
         frozen = KimiK25(self.model_config, self.tokenizer.media_pad, self.dtype)
         frozen.load_state_dict(self.model.state_dict())
         iterations = config.rl.iterations
+        env = wide_env("swarm", config.budget, self.config.agents.rules, config.entities)
 
         def record(report: IterationReport) -> dict[str, float]:
             first, second = config.shaping.lambdas(report.iteration - 1, iterations)
             return {
-                "accuracy": report.mean_of("perf"),
+                "accuracy": report.mean_of("perf", env.name),
                 "parallelism": report.mean(parallelism),
                 "critical_steps": report.mean(critical_steps),
-                "finish": report.mean_of("finish"),
+                "finish": report.mean_of("finish", env.name),
                 "lambda_parallel": first,
                 "lambda_finish": second,
             }
@@ -390,8 +351,8 @@ class Run:
             self.model,
             self.engine({"orchestrator": self.model, "subagent": frozen}),
             "orchestrator",
-            lambda: contextlib.nullcontext(self._parl_rollout),
-            lambda trace, iteration: config.shaping.reward(trace.signals, iteration, iterations),
+            lambda: contextlib.nullcontext(lambda seed: (env, env.sample(seed))),
+            lambda iteration: config.shaping.weights(iteration, iterations),
             record,
         )
 
@@ -403,13 +364,16 @@ class Run:
         engine: LocalEngine,
         role: str,
         opened: Opened,
-        reward: Callable[[Trace, int], float],
+        weights: Weights,
         record: Callable[[IterationReport], dict[str, float]],
     ) -> None:
         checkpoint = self.folder.checkpoint(name)
         done = read_progress(checkpoint).step if checkpoint.exists() else 0
         self.folder.begin_stage(name, done)
         self.display.stage(name, _LEARNS[name], config.iterations, done)
+        draw = Sampling(self.config.agents.rules.max_turn_tokens)
+        policy = Policy(self.tokenizer, self.config.media, draw, role, declare_tools=False)
+        episodes = self.folder.path / "episodes" / f"{name}.jsonl"
 
         def report(iteration: IterationReport) -> None:
             numbers = {"reward": iteration.reward, **record(iteration)}
@@ -426,37 +390,23 @@ class Run:
                 mismatch=update.mismatch,
             )
             self._show(name, model, iteration.iteration, numbers)
+            if iteration.iteration == config.iterations:
+                episodes.unlink(missing_ok=True)
+                write_episodes(episodes, iteration.records, self.tokenizer, self.config.media)
 
         progress = run_rl(
             name,
             model,
-            role,
             engine,
             config,
             opened,
-            reward,
+            policy,
+            weights,
             derive_seed(self.config.seed, *name.encode()),
             checkpoint,
             report,
         )
         self.folder.end_stage(name, _LEARNS[name], progress.seconds, progress.tokens, "reward")
-
-    async def _parl_rollout(self, engine: Engine, task_seed: int, episode_seed: int) -> Trace:
-        config = self.config.parl
-        rng = random.Random(task_seed)
-        world = World(rng.randrange(2**31), "train")
-        return await solve(
-            engine,
-            self.tokenizer,
-            self.config.media,
-            wide_search(rng, world, *config.entities),
-            Library(world.documents),
-            mode="swarm",
-            critical_steps=config.budget,
-            sampling=Sampling(self.config.agents.rules.max_turn_tokens, seed=episode_seed),
-            rules=self.config.agents.rules,
-            role="orchestrator",
-        )
 
     def evaluate(self) -> None:
         """Held-out tasks with the final weights; the orchestrator's width before and after PARL by the same tasks."""
@@ -534,6 +484,24 @@ class Run:
         folder.write_json("examples.json", gallery(final.vision))
         for mode, result in final.wide.items():
             folder.write_json(f"{mode}.json", episode(final.jobs[0], result.traces[0]))
+
+
+def _client(running: Program, task: Task) -> Agent:
+    """`swarm.client` as the agent of a look-up."""
+    from baltoro.swarm.client import Job  # brings openai, which only black boxes need
+
+    async def agent(engine: Engine, policy: Policy, world: EnvWorld, limits: Limits) -> Trace:
+        (question,) = world.prompt
+        assert isinstance(question, str)
+        assert limits.critical_steps
+        seed = policy.sampling.seed
+        job = Job(
+            policy.role, task["world"], task["split"], question, seed, limits.critical_steps, limits.max_turn_tokens
+        )
+        answer, trace = await running.solve(str(seed), dataclasses.asdict(job))
+        return dataclasses.replace(trace, final_text=answer)
+
+    return agent
 
 
 def run_recipe(config: RecipeConfig) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from baltoro.rollout.record import read_episodes
+from baltoro.rollout.verify import verify
+
 RUN_FILE = Path(__file__).parents[2] / "configs" / "nano.toml"
 TINY = [
     "threads=1",
@@ -76,6 +79,14 @@ def test_results_and_report_are_written(uninterrupted: Path) -> None:
     assert results["real_documents"]["packages"] >= 30
     page = (uninterrupted / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(("stage", "episodes"), [("rl", 4), ("parl", 2)])
+def test_the_last_episodes_of_a_stage_are_kept_and_sound(uninterrupted: Path, stage: str, episodes: int) -> None:
+    recording = read_episodes(uninterrupted / "episodes" / f"{stage}.jsonl")
+    assert len(recording.records) == episodes
+    assert [str(finding) for finding in verify(recording)] == []
+    assert all(record.advantage is not None for record in recording.records)
 
 
 @pytest.mark.timeout(300)

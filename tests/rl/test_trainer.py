@@ -1,13 +1,17 @@
 """Reinforcement learning whole: a real model, the real engine, a task that can be learned in a few iterations."""
 
 import dataclasses
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from baltoro.agent.engine import Completion, Engine, Sampling
+from baltoro.agent.loop import Limits
 from baltoro.agent.trace import Trace, Turn
+from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence, assistant
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.config import NANO
@@ -15,6 +19,8 @@ from baltoro.model.init import initialise
 from baltoro.model.kimi import KimiK25
 from baltoro.rl.objective import ObjectiveConfig
 from baltoro.rl.trainer import IterationReport, RLConfig, run_rl
+from baltoro.rollout.env import Env, World
+from baltoro.rollout.judge import Judge, Policy, Reward, Task
 from baltoro.serve.local import LocalEngine
 
 TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
@@ -45,33 +51,47 @@ def _trace(role: str, prompt: list[int], done: Completion, trainable: bool, *chi
     )
 
 
-async def _rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
+async def _agent(engine: Engine, policy: Policy, world: World, limits: Limits) -> Trace:
     """Four tokens after one of three prompts, and a frozen child, whose tokens the policy could not have sampled."""
-    prompt = [task_seed % 3, 7]
-    done = await engine.generate(TokenSequence(prompt), Sampling(4, seed=episode_seed), "policy")
+    prompt = [int(world.system), 7]
+    done = await engine.generate(TokenSequence(prompt), replace(policy.sampling, max_tokens=4), policy.role)
     child = _trace("child", [9, 9], Completion([200, 201, 202], [-0.001] * 3, "length", 0), False)
     return _trace("policy", prompt, done, True, child)
 
 
-def _reward(trace: Trace, iteration: int) -> float:
+@asynccontextmanager
+async def _open(task: Task, seed: int) -> AsyncGenerator[World]:
+    yield World((), system=str(task["prompt"]))
+
+
+def _low(task: Task, trace: Trace) -> float:
     sampled = trace.tokens[2:]
     return sum(token < 160 for token in sampled) / len(sampled)
 
 
-def _run(folder: Path, model: KimiK25, iterations: int) -> list[IterationReport]:
+def _env(judge: Judge) -> Env:
+    return Env("low", "1", lambda seed: {"prompt": seed % 3}, _open, judge, Limits(1, 16, 4), _agent)
+
+
+ENV = _env(Judge(Reward("low", _low)))
+POLICY = Policy(TOKENIZER, MediaSpec.K25, Sampling(4), "policy")
+
+
+def _run(folder: Path, model: KimiK25, iterations: int, env: Env = ENV) -> list[IterationReport]:
     reports: list[IterationReport] = []
     config = RLConfig(iterations, tasks=3, rollouts=8, lr=4e-2, objective=ObjectiveConfig())
     engine = LocalEngine({"policy": model}, TOKENIZER, slots=32, max_len=16)
+    checkpoint = folder / "rl.safetensors"
     run_rl(
         "rl",
         model,
-        "policy",
         engine,
         config,
-        lambda: nullcontext(_rollout),
-        _reward,
+        lambda: nullcontext(lambda seed: (env, env.sample(seed))),
+        POLICY,
+        lambda _: env.judge.weights,
         5,
-        folder / "rl.safetensors",
+        checkpoint,
         reports.append,
     )
     return reports
@@ -94,3 +114,25 @@ def test_reward_rises_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     assert [r.reward for r in first + second] == [r.reward for r in reports]
     wanted = straight.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_episodes_whose_judge_failed_are_no_samples(tmp_path: Path) -> None:
+    """The judge fails for every second episode; what is recorded is what was trained on."""
+
+    def fails(task: Task, trace: Trace) -> float:
+        if trace.tokens[2] % 2:
+            raise KeyError("gold")
+        return _low(task, trace)
+
+    (report,) = _run(tmp_path, _model(), 1, _env(Judge(Reward("low", fails))))
+    odd = [record for record in report.records if record.trace.tokens[2] % 2]
+    even = [record for record in report.records if not record.trace.tokens[2] % 2]
+    assert len(report.records) == 24
+    assert odd
+    assert even
+    assert all(record.reward is record.advantage is None for record in odd)
+    assert report.update.tokens == 4 * len(even)
+    for group in {record.group for record in even}:
+        members = [record for record in even if record.group == group]
+        mean = sum(record.reward or 0.0 for record in members) / len(members)
+        assert [record.advantage for record in members] == [(record.reward or 0.0) - mean for record in members]

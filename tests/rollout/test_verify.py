@@ -208,6 +208,27 @@ def test_the_same_draw_is_trained_on_once(record: Record, kinds: Callable[..., l
     assert kinds(record, frozen) == []
 
 
+def test_a_broken_prefix_trains_what_is_new_alone(record: Record, kinds: Callable[..., list[str]]) -> None:
+    """The second trace begins with the first two turns of the first, whose tokens are context there. Masked like that
+    without having been trained on before, or trained on again, they are findings."""
+    again = record.trace
+    spans = [slice(turn.prompt_len, turn.prompt_len + len(turn.ids)) for turn in again.turns[:2]]
+    mask, logprobs = list(again.loss_mask), list(again.logprobs)
+    for span in spans:
+        mask[span], logprobs[span] = [0] * len(mask[span]), [0.0] * len(mask[span])
+    last = dataclasses.replace(again.turns[2], generated=99.0)
+    again = damaged(again, loss_mask=tuple(mask), logprobs=tuple(logprobs), turns=(*again.turns[:2], last), broke="x")
+    assert kinds(dataclasses.replace(record, later=(again,))) == []
+    alone = kinds(dataclasses.replace(record, trace=again))
+    assert [text.partition(":")[0] for text in alone] == ["masked", "masked"]
+    whole = damaged(record.trace, turns=(*record.trace.turns[:2], last), broke="x")
+    twice = kinds(dataclasses.replace(record, later=(whole,)))
+    assert [text.partition(",")[0] + text.rpartition(",")[2] for text in twice] == [
+        "duplicate: g seed 7 turn 0",
+        "duplicate: g seed 7 turn 1",
+    ]
+
+
 def test_a_signal_judged_again_must_be_the_same(record: Record, tokenizer: Tokenizer, media_spec: MediaSpec) -> None:
     recording = Recording(tokenizer, media_spec, [record])
     assert verify(recording, lambda _: {"right": 0.5}) == []

@@ -16,8 +16,10 @@ from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
+from baltoro.rollout.env import World, alone
+from baltoro.rollout.judge import Policy
 from baltoro.swarm.critical import critical_steps
-from baltoro.swarm.episode import run_single, run_swarm
+from baltoro.swarm.episode import run_swarm
 from baltoro.tools.search import Search, SearchIndex
 from baltoro.world.document import Document
 
@@ -350,16 +352,11 @@ async def test_with_two_steps_left_there_is_no_room_for_a_subagent(swarm: Swarm)
 
 async def test_the_single_agent_has_the_tools_without_the_swarm(swarm: Swarm) -> None:
     script = lead(says("", create("w"), search("item5")), says("x"))
-    trace = await run_single(
+    trace = await alone(
         ScriptedEngine(swarm.tokenizer, script),
-        swarm.tokenizer,
-        swarm.media_spec,
-        task_prompt=("the price of item5",),
-        system_prompt="",
-        tools=[swarm.search],
-        limits=Limits(5, 4000, 400),
-        sampling=Sampling(1),
-        declare_tools=True,
+        Policy(swarm.tokenizer, swarm.media_spec, Sampling(1)),
+        World(("the price of item5",), [swarm.search]),
+        Limits(5, 4000, 400),
     )
     texts = [result.text for result in trace.turns[0].results]
     assert texts == ['error: there is no tool "create_subagent"', "item5 w/5"]

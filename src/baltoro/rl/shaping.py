@@ -1,6 +1,5 @@
-"""From named signals and the iteration to one reward."""
+"""From the iteration to the weights of the named signals, whose sum is the reward."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -17,6 +16,6 @@ class ParlShaping:
         left = max(0.0, 1.0 - iteration / (self.anneal * iterations))
         return self.lambda_parallel * left, self.lambda_finish * left
 
-    def reward(self, signals: Mapping[str, float], iteration: int, iterations: int) -> float:
+    def weights(self, iteration: int, iterations: int) -> dict[str, float]:
         first, second = self.lambdas(iteration, iterations)
-        return first * signals["parallel"] + second * signals["finish"] + signals["perf"]
+        return {"parallel": first, "finish": second, "perf": 1.0}

@@ -1,34 +1,39 @@
 """Reinforcement learning of one policy: rollouts by group, advantages against the group's mean, one Eq. 1 update.
 
-Nothing here knows what the episodes are: a rollout is a coroutine that ends in a trace, a reward reads the trace's
-signals. PARL is this loop with an orchestrator's traces and `ParlShaping`.
+Nothing here knows what the episodes are: an environment ends in a trace with named signals, and weights make one reward
+of them. PARL is this loop with an orchestrator's traces and the weights of `ParlShaping`.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from baltoro.agent.engine import Engine
 from baltoro.agent.loop import derive_seed
 from baltoro.agent.trace import Trace
 from baltoro.chat.messages import TokenSequence
 from baltoro.model.kimi import KimiK25
 from baltoro.rl.objective import ObjectiveConfig, group_advantages
 from baltoro.rl.update import Sample, UpdateReport, update
+from baltoro.rollout.env import Env
+from baltoro.rollout.judge import Policy, Task, total
 from baltoro.rollout.manager import Ended, ManagerConfig, RolloutManager, Running
+from baltoro.rollout.record import Record
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import trim_memory
 from baltoro.train.stage import optimizer_for
 from baltoro.train.state import Progress, load_state, save_state
 
-Rollout = Callable[[Engine, int, int], Awaitable[Trace]]
-"""(engine, task seed, episode seed) -> the finished episode: the task follows from the first, the draw from both."""
+Tasks = Callable[[int], tuple[Env, Task]]
+"""Task seed to an environment and a task of it."""
 
-Opened = Callable[[], AbstractAsyncContextManager[Rollout]]
-"""Opens what the rollouts of one iteration need beside the running engine; gives the rollout."""
+Opened = Callable[[], AbstractAsyncContextManager[Tasks]]
+"""Opens what the tasks of one iteration need beside the running engine."""
+
+Weights = Callable[[int], Mapping[str, float]]
+"""Iteration to the weights of the signals."""
 
 
 @dataclass(frozen=True)
@@ -46,43 +51,78 @@ class RLConfig:
 
 
 @dataclass(frozen=True, eq=False)
+class Group:
+    """The K episodes of one task, with their seeds."""
+
+    env: Env
+    task: Task
+    seeds: list[int]
+    traces: list[Trace]
+
+
+@dataclass(frozen=True, eq=False)
 class IterationReport:
-    """groups: the episodes of every task with their rewards, in order."""
+    """groups: of every task, in order; weights: of the signals in this iteration."""
 
     iteration: int
-    groups: list[list[tuple[Trace, float]]]
+    groups: list[Group]
+    weights: Mapping[str, float]
     update: UpdateReport
     tokens: int
     seconds: float
 
-    def mean_of(self, signal: str) -> float:
-        """Over the episodes that have the signal."""
-        values = [t.signals[signal] for group in self.groups for t, _ in group if signal in t.signals]
+    @property
+    def traces(self) -> list[Trace]:
+        return [trace for group in self.groups for trace in group.traces]
+
+    def mean_of(self, signal: str, env: str) -> float:
+        """Over the episodes of an environment that have the signal."""
+        traces = [trace for group in self.groups if group.env.name == env for trace in group.traces]
+        values = [trace.signals[signal] for trace in traces if signal in trace.signals]
         return sum(values) / len(values) if values else 0.0
 
     def mean(self, value: Callable[[Trace], float]) -> float:
-        traces = [trace for group in self.groups for trace, _ in group]
-        return sum(map(value, traces)) / len(traces)
+        return sum(map(value, self.traces)) / len(self.traces)
 
     @property
     def reward(self) -> float:
-        rewards = [reward for group in self.groups for _, reward in group]
-        return sum(rewards) / len(rewards)
+        """Over the episodes that have one."""
+        rewards = [r for trace in self.traces if (r := total(self.weights, trace.signals)) is not None]
+        return sum(rewards) / len(rewards) if rewards else 0.0
+
+    @property
+    def records(self) -> list[Record]:
+        """As they were trained on."""
+        return [
+            Record(
+                group.env.name,
+                group.env.version,
+                group.task,
+                f"{self.iteration}/{number}",
+                seed,
+                trace,
+                dict(self.weights),
+                reward,
+                advantage,
+            )
+            for number, group in enumerate(self.groups)
+            for seed, (trace, reward, advantage) in zip(group.seeds, _judged(group, self.weights), strict=True)
+        ]
 
 
 def run_rl(
     name: str,
     model: KimiK25,
-    policy_role: str,
     engine: LocalEngine,
     config: RLConfig,
     opened: Opened,
-    reward: Callable[[Trace, int], float],
+    policy: Policy,
+    weights: Weights,
     seed: int,
     checkpoint: Path,
     report: Callable[[IterationReport], None],
 ) -> Progress:
-    """Train `model` in place; `engine` serves it under `policy_role` and whatever is frozen under other roles.
+    """Train `model` in place; `engine` serves it under the role of `policy`, and whatever is frozen under other roles.
 
     An iteration is a pure function of weights, seed and its number, so a run resumes exactly at the last finished one.
     """
@@ -93,30 +133,38 @@ def run_rl(
     begin = time.monotonic() - progress.seconds
     tokens = progress.tokens
     for iteration in range(progress.step, config.iterations):
-        engine.update(policy_role, model)
-        traces = asyncio.run(_roll_out(engine, config, opened, derive_seed(seed, iteration)))
-        groups = [[(trace, reward(trace, iteration)) for trace in group] for group in traces]
-        samples = [s for group in groups for s in _samples(group)]
+        engine.update(policy.role, model)
+        groups = asyncio.run(_roll_out(engine, config, opened, policy, derive_seed(seed, iteration)))
+        signs = weights(iteration)
+        samples = [sample for group in groups for sample in _samples(group, signs)]
         result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
         tokens += sum(len(s.sequence.ids) for s in samples)
         progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
         # Reported first: what is reported behind the checkpoint is dropped on resume, what is missing stays missing.
-        report(IterationReport(iteration + 1, groups, result, tokens, progress.seconds))
+        report(IterationReport(iteration + 1, groups, signs, result, tokens, progress.seconds))
         save_state(checkpoint, model, optimizer, progress)
         trim_memory()
     return progress
 
 
-async def _roll_out(engine: LocalEngine, config: RLConfig, opened: Opened, seed: int) -> list[list[Trace]]:
+async def _roll_out(engine: LocalEngine, config: RLConfig, opened: Opened, policy: Policy, seed: int) -> list[Group]:
     manager = RolloutManager(engine, ManagerConfig())
 
-    async def submit(rollout: Rollout, group: int, k: int) -> Running:
-        task = derive_seed(seed, group)
-        return await manager.submit(f"{group}/{k}", lambda episode: rollout(episode, task, derive_seed(task, k)))
+    async def submit(env: Env, task: Task, group: int, k: int, seed: int) -> Running:
+        return await manager.submit(f"{group}/{k}", lambda episode: env.rollout(episode, policy, task, seed))
 
-    async with engine.run(), opened() as rollout, manager.run():
-        running = [[await submit(rollout, g, k) for k in range(config.rollouts)] for g in range(config.tasks)]
-        return [[_trace(await episode.ended()) for episode in group] for group in running]
+    groups: list[Group] = []
+    running: list[list[Running]] = []
+    async with engine.run(), opened() as tasks, manager.run():
+        for number in range(config.tasks):
+            task_seed = derive_seed(seed, number)
+            env, task = tasks(task_seed)
+            seeds = [derive_seed(task_seed, k) for k in range(config.rollouts)]
+            running.append([await submit(env, task, number, k, each) for k, each in enumerate(seeds)])
+            groups.append(Group(env, task, seeds, []))
+        for group, episodes in zip(groups, running, strict=True):
+            group.traces.extend([_trace(await episode.ended()) for episode in episodes])
+    return groups
 
 
 def _trace(ended: Ended) -> Trace:
@@ -125,12 +173,23 @@ def _trace(ended: Ended) -> Trace:
     return ended.trace
 
 
-def _samples(group: list[tuple[Trace, float]]) -> list[Sample]:
+def _judged(group: Group, weights: Mapping[str, float]) -> list[tuple[Trace, float | None, float | None]]:
+    """Each trace with its reward and its advantage; None for both where a judge failed."""
+    rewards = [total(weights, trace.signals) for trace in group.traces]
+    known = [reward for reward in rewards if reward is not None]
+    advantages = iter(group_advantages(known) if known else [])
+    return [
+        (trace, reward, None if reward is None else next(advantages))
+        for trace, reward in zip(group.traces, rewards, strict=True)
+    ]
+
+
+def _samples(group: Group, weights: Mapping[str, float]) -> list[Sample]:
     """Every trainable trace of an episode carries the episode's advantage."""
-    advantages = group_advantages([reward for _, reward in group])
     return [
         Sample(TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)), t.logprobs, advantage)
-        for (trace, _), advantage in zip(group, advantages, strict=True)
+        for trace, _, advantage in _judged(group, weights)
+        if advantage is not None
         for t in _tree(trace)
         if t.trainable and sum(t.loss_mask)
     ]

@@ -3,7 +3,6 @@
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 
 from baltoro.agent.loop import Limits
 from baltoro.chat.messages import Image
@@ -14,7 +13,8 @@ from baltoro.world.desktop import Desktop, DesktopTask, desktop_task
 
 
 def sample(seed: int) -> Task:
-    return asdict(desktop_task(random.Random(seed)))
+    task = desktop_task(random.Random(seed))
+    return {"buttons": list(task.buttons), "order": list(task.order), "word": task.word}
 
 
 @asynccontextmanager

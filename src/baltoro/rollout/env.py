@@ -119,7 +119,7 @@ class Session:
         self._toolbox = {tool.spec.name: tool for tool in self._world.tools}
         self._task, self._seed, self._begin = task, seed, time.monotonic()
         self._messages = list(self._world.opening)
-        self._turns: list[Turn] = []
+        self.turns: list[Turn] = []
         self.trace: Trace | None = None
         return tuple(self._messages)
 
@@ -129,7 +129,7 @@ class Session:
         Raises ValueError before `reset` and after the end."""
         if self._world is None or self.trace is not None:
             raise ValueError("there is no episode under way; call reset")
-        number, started = len(self._turns), time.monotonic() - self._begin
+        number, started = len(self.turns), time.monotonic() - self._begin
         contexts = [
             CallContext(None, derive_seed(self._seed, number, index), self._begin)
             for index in range(len(action.tool_calls))
@@ -140,9 +140,9 @@ class Session:
         )
         children = tuple(child for result in results for child in result.children)
         ended = time.monotonic() - self._begin
-        self._turns.append(Turn(0, (), (), -1, action, answers, children, started, started, ended))
+        self.turns.append(Turn(0, (), (), -1, action, answers, children, started, started, ended))
         self._messages += [action, *answers]
-        if answers and len(self._turns) < self.env.limits.max_turns:
+        if answers and len(self.turns) < self.env.limits.max_turns:
             return Step(answers, 0.0, False, False)
         self.trace = await self._judged("limit" if answers else "completed", action.text.strip())
         reward = self.env.judge.reward(self.trace.signals)
@@ -157,7 +157,7 @@ class Session:
     async def _judged(self, status: Status, text: str) -> Trace:
         """A trace without tokens: whoever acted kept them, if there were any."""
         assert self._world
-        turns = tuple(self._turns)
+        turns = tuple(self.turns)
         trace = Trace("agent", tuple(self._messages), (), (), (), (), turns, status, text, trainable=False)
         trace = trace.with_signals(**self._world.facts())
         bench = Bench(self._engine, self._seed) if self._engine else None

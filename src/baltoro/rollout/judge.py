@@ -85,6 +85,13 @@ def metric(name: str, score: Callable[[Task, Trace], float]) -> Reward:
     return Reward(name, score, 0.0)
 
 
+def total(weights: Mapping[str, float], signals: Mapping[str, float]) -> float | None:
+    """The weighted sum; None where a signal is missing."""
+    if weights.keys() - signals.keys():
+        return None
+    return sum(weight * signals[name] for name, weight in weights.items())
+
+
 class Judge:
     def __init__(self, *examiners: Examiner) -> None:
         """Raises ValueError where two would give the same signal."""
@@ -99,10 +106,7 @@ class Judge:
         return {name: weight for examiner in self.examiners for name, weight in examiner.weights.items() if weight != 0}
 
     def reward(self, signals: Mapping[str, float]) -> float | None:
-        weights = self.weights
-        if weights.keys() - signals.keys():
-            return None
-        return sum(weight * signals[name] for name, weight in weights.items())
+        return total(self.weights, signals)
 
     async def judge(self, task: Task, trace: Trace, bench: Bench | None) -> Trace:
         """The trace with its signals and reasons; raises nothing."""

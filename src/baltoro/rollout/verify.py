@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -50,10 +50,11 @@ def verify(recording: Recording, rejudge: Rejudge | None = None) -> list[Finding
     findings: list[Finding] = []
     for record in recording.records:
         episode = f"{record.group} seed {record.seed}"
-        for place, trace in agents(record.trace):
+        for place, trace in agents(record):
             where = f"{episode}, agent {place} ({trace.role})"
-            for check in (_aligned, _extends, _masked, _logprobs):
+            for check in (_aligned, _extends, _logprobs):
                 findings += (Finding(check.__name__[1:], where, what) for what in check(trace))
+            findings += (Finding("masked", where, what) for what in _masked(trace, seen))
             findings += (Finding("media", where, what) for what in _media(trace, recording))
             findings += (Finding("leak", where, what) for what in _leaks(trace, recording.tokenizer))
             if trace.trainable:
@@ -67,7 +68,7 @@ def evidence(records: Iterable[Record]) -> dict[str, Evidence]:
     """By role."""
     table: dict[str, Evidence] = {}
     for record in records:
-        for _, trace in agents(record.trace):
+        for _, trace in agents(record):
             row = table.setdefault(trace.role, Evidence())
             row.agents += 1
             row.trainable += trace.trainable
@@ -105,11 +106,12 @@ def _extends(trace: Trace) -> Iterator[str]:
         end = span.stop
 
 
-def _masked(trace: Trace) -> Iterator[str]:
-    """1 exactly on what the model wrote."""
+def _masked(trace: Trace, seen: Mapping[bytes, str]) -> Iterator[str]:
+    """1 exactly on what the model wrote; 0 on a whole turn that was trained on before, where a prefix broke."""
     wanted = [0] * len(trace.tokens)
-    for _, span in _spans(trace):
-        wanted[span] = [1] * len(wanted[span])
+    for number, span in _spans(trace):
+        if any(trace.loss_mask[span]) or _draw(trace, number, span) not in seen:
+            wanted[span] = [1] * len(wanted[span])
     pairs = enumerate(zip(trace.loss_mask, wanted, strict=False))
     wrong = [(index, mask) for index, (mask, want) in pairs if mask != want]
     for (_, mask), run in groupby(enumerate(wrong), lambda each: (each[1][0] - each[0], each[1][1])):
@@ -123,7 +125,9 @@ def _logprobs(trace: Trace) -> Iterator[str]:
     for number, span in _spans(trace):
         where[span] = [True] * len(where[span])
         drawn = trace.turns[number].logprobs
-        if drawn and trace.logprobs[span] != drawn:
+        if not any(trace.loss_mask[span]):
+            where[span] = [value != 0 for value in trace.logprobs[span]]
+        elif drawn and trace.logprobs[span] != drawn:
             yield f"turn {number}: not the log-probabilities that the engine gave"
     for index, (value, sampled) in enumerate(zip(trace.logprobs, where, strict=True)):
         if sampled and not (math.isfinite(value) and value <= 0):
@@ -204,18 +208,21 @@ def _lacks(trace: Trace) -> Iterator[str]:
 
 
 def _duplicates(trace: Trace, where: str, seen: dict[bytes, str]) -> Iterator[str]:
-    """The same draw: the same tokens behind the same context, with the same log-probabilities, at the same time of its
-    episode. Equal answers that were drawn twice differ in their times."""
     for number, span in _spans(trace):
-        turn = trace.turns[number]
         if not any(trace.loss_mask[span]):
             continue
-        times = (turn.started, turn.generated)
-        key = hashlib.blake2b(repr((trace.tokens[: span.stop], turn.logprobs, times)).encode(), digest_size=16).digest()
-        here = f"{where}, turn {number}"
-        if key in seen:
-            yield f"turn {number} is trained on twice; it is also {seen[key]}"
-        seen.setdefault(key, here)
+        draw = _draw(trace, number, span)
+        if draw in seen:
+            yield f"turn {number} is trained on twice; it is also {seen[draw]}"
+        seen.setdefault(draw, f"{where}, turn {number}")
+
+
+def _draw(trace: Trace, number: int, span: slice) -> bytes:
+    """Names one draw of the model: the same tokens behind the same context, with the same log-probabilities, at the
+    same time of its episode. Equal answers that were drawn twice differ in their times."""
+    turn = trace.turns[number]
+    draw = (trace.tokens[: span.stop], turn.logprobs, turn.started, turn.generated)
+    return hashlib.blake2b(repr(draw).encode(), digest_size=16).digest()
 
 
 def _reward(record: Record, rejudge: Rejudge | None) -> Iterator[str]:

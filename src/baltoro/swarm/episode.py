@@ -1,4 +1,4 @@
-"""One task by one agent, and the same task by an orchestrator with subagents (section 3)."""
+"""One task by an orchestrator with subagents (section 3)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,37 +71,6 @@ async def run_swarm(
         thinking=thinking,
     )
     return with_swarm_signals(trace)
-
-
-async def run_single(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    media_spec: MediaSpec,
-    *,
-    task_prompt: Sequence[Part],
-    system_prompt: str,
-    tools: Sequence[Tool],
-    limits: Limits,
-    sampling: Sampling,
-    declare_tools: bool,
-    role: str = "agent",
-    trainable: bool = True,
-    thinking: bool = True,
-) -> Trace:
-    """The single agent that a swarm is compared with: the same loop and tools, without the two swarm tools."""
-    return await run_agent(
-        engine,
-        tokenizer,
-        media_spec,
-        role=role,
-        messages=_opening(system_prompt, task_prompt),
-        tools=tools,
-        limits=limits,
-        sampling=sampling,
-        declare_tools=declare_tools,
-        trainable=trainable,
-        thinking=thinking,
-    )
 
 
 def _opening(system_prompt: str, task: Sequence[Part]) -> list[Message]:
