@@ -1,9 +1,9 @@
 """Nested episodes on a deterministic engine, trained on in steps of whoever ends first, by a process that is killed
 again and again. Run as `killed.py FOLDER EPISODES KILLS SEED`; prints what was trained, beside a run without kills.
 
-A trainer stands for any trainer: its checkpoint holds the number of the next step and all it has learnt, and replaces
-the former one in one move. A process is killed when the engines of all processes have been asked a certain number of
-times, drawn in advance, so that the moments lie all over the work.
+The trainer stands for any trainer: its checkpoint holds the number of the next step and all it has learnt, and replaces
+the former one in one move. A process is killed when all processes together have made a certain number of moves (answers
+of the engine, episodes trained on), drawn in advance, so that the moments lie all over the work.
 """
 
 import asyncio
@@ -41,9 +41,12 @@ LIVE, STEP = 28, 20
 class Oracle:
     """Says what follows from the prompt and the seed alone; the version of its weights is all that changes."""
 
-    def __init__(self, asked: Path) -> None:
+    def __init__(self, moves: Path) -> None:
         self.version = 0
-        self._asked = os.open(asked, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        self._moves = os.open(moves, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def move(self, what: object) -> None:
+        os.write(self._moves, f"{what}\n".encode())
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
         draw = random.Random(f"{prompt.ids} {sampling.seed} {role}")
@@ -56,7 +59,7 @@ class Oracle:
         ]
         text = completion_text(f"{draw.randrange(10**6)}", reasoning="hm", calls=calls)
         said = await ScriptedEngine(TOKENIZER, [text]).generate(prompt, sampling, role)
-        os.write(self._asked, f"{sampling.seed}\n".encode())
+        self.move(sampling.seed)
         return replace(said, logprobs=[-draw.random() for _ in said.ids], weight_version=self.version)
 
 
@@ -123,7 +126,7 @@ class Trainer:
     async def run(self) -> None:
         checkpoint, todo = self.folder / "checkpoint.json", [f"episode {i}" for i in range(self.episodes)]
         state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "trained": []}
-        engine = Oracle(self.folder / "asked")
+        engine = Oracle(self.folder / "moves")
         look = Look(self.folder / "called")
         async with Journal.open(self.folder / "journal.sqlite") as journal:
             while len(state["trained"]) < self.episodes:
@@ -133,6 +136,7 @@ class Trainer:
                 async with manager.run():
                     mine = [id for id, claimed in journal.claims.items() if claimed == step]
                     free = [id for id in todo if id not in journal.claims]
+                    assert mine or free, "episodes were claimed and never trained on"
                     running = {
                         id: await manager.submit(id, self.rollout(journal, look, id)) for id in mine or free[:LIVE]
                     }
@@ -148,6 +152,8 @@ class Trainer:
                 if not mine:
                     await journal.claim(step, [each.episode for each in ended])
                 for each in ended:
+                    engine.move("trained")
+                    time.sleep(0.002)
                     assert each.trace is not None
                     digest = hashlib.sha256(repr(told(each.trace)).encode()).hexdigest()
                     state["trained"].append([each.episode, digest, versions(each.trace)])
@@ -164,8 +170,8 @@ class Trainer:
         return resumable(journal, one)
 
 
-def lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
+def lines(path: Path, but: str = "") -> list[str]:
+    return [line for line in path.read_text().split() if line != but] if path.exists() else []
 
 
 def start(folder: Path, episodes: int) -> int:
@@ -185,11 +191,11 @@ def main(folder: Path, episodes: int, kills: int, seed: int) -> None:
     calm, rough = folder / "calm", folder / "rough"
     calm_code = os.waitpid(start(calm, episodes), 0)[1]
     draw = random.Random(seed)
-    moments = sorted(draw.randrange(len(lines(calm / "asked"))) for _ in range(kills))
+    moments = sorted(draw.randrange(len(lines(calm / "moves"))) for _ in range(kills))
     killed = 0
     for moment in moments:
         child = start(rough, episodes)
-        while len(lines(rough / "asked")) < moment and os.waitpid(child, os.WNOHANG)[0] == 0:
+        while len(lines(rough / "moves")) < moment and os.waitpid(child, os.WNOHANG)[0] == 0:
             time.sleep(0.001)
         time.sleep(draw.random() * 0.01)
         with contextlib.suppress(ProcessLookupError):
@@ -201,8 +207,8 @@ def main(folder: Path, episodes: int, kills: int, seed: int) -> None:
         name: {
             "code": code,
             "trained": json.loads((path / "checkpoint.json").read_text())["trained"],
-            "asked": len(lines(path / "asked")),
-            "questions": len(set(lines(path / "asked"))),
+            "asked": len(lines(path / "moves", "trained")),
+            "questions": len(set(lines(path / "moves", "trained"))),
             "called": len(lines(path / "called")),
             "calls": len(set(lines(path / "called"))),
         }
