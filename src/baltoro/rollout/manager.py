@@ -183,6 +183,21 @@ class RolloutManager:
         self.cutting = False
         self.permits.reopen()
 
+    def numbers(self) -> dict[str, float]:
+        """What a monitor shows, by flat names: gauges (live, calls_limit, calls_running_ROLE, calls_waiting_ROLE) and
+        counters (submitted, turns, faults_KIND, outcomes_OUTCOME)."""
+        permits, stats = self.permits, self.stats
+        return {
+            "live": stats.submitted - stats.outcomes.total(),
+            "submitted": stats.submitted,
+            "turns": stats.turns,
+            "calls_limit": permits.limit,
+            **{f"calls_running_{role}": count for role, count in permits.running.items()},
+            **{f"calls_waiting_{role}": permits.waiting[role] for role in permits.running},
+            **{f"faults_{kind}": count for kind, count in stats.faults.items()},
+            **{f"outcomes_{outcome.replace(' ', '_')}": stats.outcomes[outcome] for outcome in OUTCOMES},
+        }
+
     async def _run(self, episode: Episode, rollout: Rollout) -> Ended:
         task = asyncio.current_task()
         assert task
