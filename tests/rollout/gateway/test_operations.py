@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -313,7 +314,7 @@ def test_the_store_commits_batches_in_one_thread(tmp_path: Path) -> None:
                     session.place(setting, said),
                     setting,
                     said,
-                    [1],
+                    array("i", [1]),
                     [Sampled(2, -1.0)],
                     Said("assistant", (f"{i}",)),
                     "stop",

@@ -36,8 +36,6 @@ from baltoro.rollout.gateway.traces import session_json, session_traces
 from baltoro.rollout.gateway.upstream import Ask, Upstream
 
 _log = logging.getLogger(__name__)
-_PREPARED_AT_ONCE = 2
-_SMALL = 2**15
 _DIALECTS: dict[str, Dialect] = {"chat/completions": Chat(), "messages": Anthropic(), "responses": Responses()}
 _ADMINS = re.compile(r"/admin/.*|/sessions/[^/]*")
 _SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
@@ -85,7 +83,6 @@ class Api:
         self._idle.set()
         self._draining = False
         self._paused = False
-        self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self.metrics = Metrics()
 
     def runner(self) -> web.AppRunner:
@@ -256,26 +253,20 @@ class Api:
         """Reads the request and answers it; `answer` gets what was said."""
         started = time.time()
 
-        def read() -> tuple[Any, dict[str, Any]]:
-            body = read_object(data)
-            return dialect.read(body), body
-
-        request, body = read() if len(data) < _SMALL else await asyncio.to_thread(read)
+        # A thread would hold the interpreter's lock for as long, and cost its changes of hands besides.
+        body = read_object(data)
+        request = dialect.read(body)
         self._check_model(request.model)
         count(request.n - 1)
 
-        def prepare() -> _Work:
-            tools = tuple(read_tools(request.tools))
-            setting = Setting(tools if request.tool_choice == "auto" else (), request.thinks)
-            dialogue = read_dialogue(request.messages, session.call_ids if session else ())
-            place = session.place(setting, dialogue.said) if session else None
-            chain = session.chain(place.parent) if session and place else ()
-            ask = Ask(request, body, dialogue, setting, place, chain)
-            job = replace(self._upstream.prepare(ask), tools=tools)
-            return _Work(dialect, ask, job, session, started)
-
-        async with self._preparing:
-            work = prepare() if len(data) < _SMALL else await asyncio.to_thread(prepare)
+        tools = tuple(read_tools(request.tools))
+        setting = Setting(tools if request.tool_choice == "auto" else (), request.thinks)
+        dialogue = read_dialogue(request.messages, session.call_ids if session else ())
+        place = session.place(setting, dialogue.said) if session else None
+        chain = session.chain(place.parent) if session and place else ()
+        ask = Ask(request, body, dialogue, setting, place, chain)
+        job = replace(await self._upstream.prepare(ask), tools=tools)
+        work = _Work(dialect, ask, job, session, started)
         if request.stream:
             return await self._stream(http, work, answer)
         choices = await self._speak(work, _nothing)

@@ -1,5 +1,6 @@
 """Answers from an engine: the gateway renders, the engine reads ids and draws ids."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 
@@ -16,6 +17,8 @@ from baltoro.rollout.gateway.rendering import Rendering
 from baltoro.rollout.gateway.said import BrokenMedia
 from baltoro.rollout.gateway.upstream import Ask
 
+_PREPARED_AT_ONCE = 2
+
 
 class EngineUpstream:
     """The engine must be running; it is asked in the role that the request names as its model."""
@@ -24,9 +27,15 @@ class EngineUpstream:
         self.rendering = Rendering(tokenizer, media)
         self.max_len = max_len
         self._engine = engine
+        self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self._tokenizer = tokenizer
 
-    def prepare(self, ask: Ask) -> Job:
+    async def prepare(self, ask: Ask) -> Job:
+        """In a thread: decoding and encoding let other threads run meanwhile."""
+        async with self._preparing:
+            return await asyncio.to_thread(self._prepare, ask)
+
+    def _prepare(self, ask: Ask) -> Job:
         request, limit = ask.request, self.max_len
         try:
             prompt = self._prompt(ask, limit - 1)

@@ -83,24 +83,25 @@ class Session:
             parent, begin = prompt.parent, len(said) - len(prompt.said)
         return Place(key, parent, begin, broke, prompt)
 
-    def fit(self, place: Place, ids: Sequence[int]) -> tuple[Place, Sequence[int]]:
+    def fit(self, place: Place, ids: Sequence[int]) -> "tuple[Place, array[int]]":
         """`ids`: of the whole prompt as the engine read it. Gives those that it adds to its parent; a prompt in which
         the recorded tokens do not stand again is put at the beginning, with the reason."""
+        read = array("i", ids)
         at = 0
         for call in self.chain(place.parent):
             for part in (call.prompt.ids, call.ids):
-                if array("i", ids[at : at + len(part)]) != part:
+                if read[at : at + len(part)] != part:
                     broke = f"the history was tokenised anew: behind token {at} it differs from what was recorded"
-                    return Place(place.key, None, 0, broke, None), ids
+                    return Place(place.key, None, 0, broke, None), read
                 at += len(part)
-        return place, ids[at:]
+        return place, read[at:] if at else read
 
     def add(
         self,
         place: Place,
         setting: Setting,
         said: Sequence[Said],
-        ids: Sequence[int],
+        added: "array[int]",
         sampled: Sequence[Sampled],
         answer: Said,
         finish: str,
@@ -108,8 +109,7 @@ class Session:
         started: float,
         ended: float,
     ) -> Call:
-        """`ids`: the tokens of the prompt behind the end of the parent."""
-        added = array("i", ids)
+        """`added`: the tokens of the prompt behind the end of the parent."""
         prompt = self._prompts.get(place.key)
         if prompt is None or (prompt.parent, prompt.ids) != (place.parent, added):
             prompt = Prompt(place.key, place.parent, len(self.calls), tuple(said[place.begin :]), added)

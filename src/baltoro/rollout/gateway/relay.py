@@ -3,6 +3,7 @@ upstream says it read and drew is recorded."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import repeat
 from typing import Any
 
 import aiohttp
@@ -35,7 +36,7 @@ class Relay:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._http:
             yield
 
-    def prepare(self, ask: Ask) -> Job:
+    async def prepare(self, ask: Ask) -> Job:
         """The prompt's ids are filled in when the upstream has told them."""
         if ask.request.n > 1:
             raise ApiError(400, "only one completion at once passes through", param="n")
@@ -120,11 +121,11 @@ def _said(message: Mapping[str, Any]) -> list[Event]:
 
 def _sampled(choice: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Sampled, ...]:
     version = int(whole.get("weight_version") or 0)
-    entries = choice["logprobs"]["content"]
-    return tuple(
-        Sampled(token, entry["logprob"], version)
-        for token, entry in zip(_ids(choice, "token_ids"), entries, strict=True)
-    )
+    ids = _ids(choice, "token_ids")
+    logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    if len(ids) != len(logprobs):
+        raise ApiError(502, f"the upstream tells {len(ids)} token ids and {len(logprobs)} log-probabilities")
+    return tuple(map(Sampled, ids, logprobs, repeat(version)))
 
 
 def _ids(holder: Mapping[str, Any], name: str) -> Sequence[int]:

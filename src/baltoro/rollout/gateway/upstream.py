@@ -36,8 +36,8 @@ class Upstream(Protocol):
         """None where the model's media are not known here: then traces with media cannot be exported."""
         ...
 
-    def prepare(self, ask: Ask) -> Job:
-        """Checks the request and makes its prompt; may run in a thread. Raises ApiError 400."""
+    async def prepare(self, ask: Ask) -> Job:
+        """Checks the request and makes its prompt. Raises ApiError 400."""
         ...
 
     def speak(self, ask: Ask, job: Job, index: int) -> AsyncGenerator[Step]:
