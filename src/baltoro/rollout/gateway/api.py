@@ -24,9 +24,10 @@ from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.anthropic import Anthropic
 from baltoro.rollout.gateway.chat import Chat
 from baltoro.rollout.gateway.dialect import Dialect
-from baltoro.rollout.gateway.dialogue import read_dialogue, read_tools
+from baltoro.rollout.gateway.dialogue import NOTHING, read_dialogue, read_tools
 from baltoro.rollout.gateway.errors import ApiError, read_object
 from baltoro.rollout.gateway.graph import Session
+from baltoro.rollout.gateway.heard import Heard, Hearing
 from baltoro.rollout.gateway.metrics import Metrics
 from baltoro.rollout.gateway.replay import Replays, Told
 from baltoro.rollout.gateway.responses import Responses
@@ -76,6 +77,7 @@ class Api:
         self._config = config
         self._store = store or MemoryStore()
         self._sessions: dict[str, Session] = {}
+        self._hearing = Hearing()
         self._replays: dict[str, Replays] = {}
         self._created = int(time.time())
         self._running = Counter[str]()  # completions, by API key
@@ -261,9 +263,18 @@ class Api:
 
         tools = tuple(read_tools(request.tools))
         setting = Setting(tools if request.tool_choice == "auto" else (), request.thinks)
-        dialogue = read_dialogue(request.messages, session.call_ids if session else ())
-        place = session.place(setting, dialogue.said) if session else None
-        chain = session.chain(place.parent) if session and place else ()
+        place, chain = None, []
+        if session is None:
+            dialogue = read_dialogue(request.messages)
+        else:
+            heard = self._hearing.last(session.id)
+            same = heard.same(request.messages) if heard else 0
+            known = heard.dialogue if heard else NOTHING
+            dialogue = read_dialogue(request.messages, session.call_ids, known, same)
+            keys = heard.keys[:same] if heard and heard.setting == setting.digest else ()
+            place = session.place(setting, dialogue.said, keys)
+            chain = session.chain(place.parent)
+            self._hearing.keep(session.id, Heard(request.messages, dialogue, setting.digest, place.keys, len(data)))
         ask = Ask(request, body, dialogue, setting, place, chain)
         job = replace(await self._upstream.prepare(ask), tools=tools)
         work = _Work(dialect, ask, job, session, started)
