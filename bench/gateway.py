@@ -380,11 +380,12 @@ def install(gateway: Gateway) -> None:
 # --- the measurement ------------------------------------------------------------------------------------------------
 
 CORES = sorted(os.sched_getaffinity(0))
+QUIET = os.getloadavg()[0] < 1.0
 
 
 def pinned(core: int) -> list[str]:
-    """The gateway has a core to itself, as far as the machine has two."""
-    taskset = shutil.which("taskset")
+    """The gateway has a core to itself, where the machine has two and nothing else to do."""
+    taskset = shutil.which("taskset") if QUIET else None
     return [taskset, "-c", str(CORES[core % len(CORES)])] if taskset else []
 
 
@@ -536,6 +537,7 @@ def summary(kept: dict[str, dict[str, list[dict[str, float]]]], seconds: float, 
         "seconds": seconds,
         "rounds": rounds,
         "cores": len(CORES),
+        "pinned": QUIET,
         "load_average": os.getloadavg()[0],
     }
 

@@ -128,6 +128,8 @@ class Api:
         session, role = await self.session(id), self._config.name
         if not session.calls:
             raise ValueError(f"session {id} made no call; is its id right?")
+        if not self._upstream.exact:
+            raise ValueError("the upstream tells no token ids; train on one that does (vLLM, SGLang, a local engine)")
 
         def export() -> tuple[Trace, ...]:
             files = self._store.files(session)
@@ -206,6 +208,7 @@ class Api:
             "created": self._created,
             "owned_by": "baltoro",
             "max_model_len": self._upstream.max_len,
+            "records": "tokens" if self._upstream.exact else "text",
         }
 
     def _check_model(self, name: str) -> None:
@@ -275,7 +278,7 @@ class Api:
             place = session.place(setting, dialogue.said, keys)
             chain = session.chain(place.parent)
             self._hearing.keep(session.id, Heard(request.messages, dialogue, setting.digest, place.keys, len(data)))
-        ask = Ask(request, body, dialogue, setting, place, chain)
+        ask = Ask(dialect.name, request, body, dialogue, setting, place, chain)
         job = replace(await self._upstream.prepare(ask), tools=tools)
         work = _Work(dialect, ask, job, session, started)
         if request.stream:

@@ -26,6 +26,7 @@ class EngineUpstream:
     def __init__(self, engine: StreamingEngine, tokenizer: Tokenizer, media: MediaSpec, max_len: int) -> None:
         self.rendering = Rendering(tokenizer, media)
         self.max_len = max_len
+        self.exact = True
         self._engine = engine
         self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self._tokenizer = tokenizer

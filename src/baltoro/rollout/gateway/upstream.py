@@ -17,6 +17,7 @@ class Ask:
     """A request that was read. place: where its dialogue stands in the session, None where nothing is recorded;
     chain: the calls that it goes on from."""
 
+    dialect: str
     request: ChatRequest
     body: Mapping[str, Any]
     dialogue: Dialogue
@@ -29,6 +30,11 @@ class Upstream(Protocol):
     @property
     def max_len(self) -> int:
         """Tokens of prompt and completion together."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether the ids and log-probabilities that the model read and drew are known, and not the text alone."""
         ...
 
     @property
