@@ -56,11 +56,7 @@ class Relay:
         )
         if self.exact:
             body |= {"return_token_ids": True, "logprobs": True}
-        async with self._http.post(
-            self._url, data=orjson.dumps(body), headers=self._headers, allow_redirects=False
-        ) as response:
-            if response.status != 200:
-                raise await _refused(response)
+        async with self._post(body) as response:
             if ask.request.stream:
                 reader = _Reader(job)
                 async for chunk in events(response.content):
@@ -76,6 +72,17 @@ class Relay:
                     sampled = _sampled(choice, whole)
                 yield self._spelt(ask, choice, Step(sampled, tuple(_said(choice["message"]))))
                 yield Step((), (), _finish(choice["finish_reason"]))
+
+    @asynccontextmanager
+    async def _post(self, body: Mapping[str, Any]) -> AsyncGenerator[aiohttp.ClientResponse]:
+        data = orjson.dumps(body)
+        try:
+            async with self._http.post(self._url, data=data, headers=self._headers, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise await _refused(response)
+                yield response
+        except aiohttp.ClientConnectionError as error:
+            raise ApiError(502, f"the upstream cannot be reached: {error}", code="upstream_failed") from None
 
     def _spelt(self, ask: Ask, choice: Mapping[str, Any], step: Step) -> Step:
         if ask.request.logprobs:
