@@ -235,12 +235,15 @@ async def load(port: int, paths: list[str], row: Row, first: int, seconds: float
     begun = time.perf_counter()
     await asyncio.gather(*(client.done for client in clients))
     took = time.perf_counter() - begun
+    sent: dict[str, list[int]] = {}
+    for path, client in zip(paths, clients, strict=True):  # one path may be that of several connections
+        sent.setdefault(path, []).extend(client.sent)
     latencies = sorted(latency for client in clients for latency in client.latencies)
     return {
         "rate": len(latencies) / took,
         "p50_ms": latencies[len(latencies) // 2] * 1e3,
         "p99_ms": latencies[len(latencies) * 99 // 100] * 1e3,
-        "sent": {path: client.sent for path, client in zip(paths, clients, strict=True)},
+        "sent": sent,
     }
 
 
@@ -427,6 +430,12 @@ def resident_mb(process: subprocess.Popen[bytes]) -> float:
     raise RuntimeError("no VmRSS")
 
 
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """User and system time of the process and all its threads."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(port: int, paths: list[str], row: int, first: int, seconds: float) -> dict[str, Any]:
     command = [sys.executable, str(HERE), "load", json.dumps([port, paths, row, first, seconds])]
     done = subprocess.run([*pinned(1), *command], capture_output=True, text=True)
@@ -461,12 +470,16 @@ def round_of(gateway: Gateway, seconds: float, turn: int) -> dict[str, dict[str,
                     gateway.open(session)
                 paths = [gateway.path(session) for session in sessions]
                 one = measure(GATEWAY_PORT, paths[:1], i, 10**7 * (i + 1), seconds)
+                before = cpu_s(process)
                 many = measure(GATEWAY_PORT, paths[1:], i, 10**7 * (i + 1) + 5 * 10**6, seconds)
+                answered = sum(len(many["sent"][path]) for path in set(paths[1:]))
+                spent = (cpu_s(process) - before) / answered
                 checked = check(gateway, {**one["sent"], **many["sent"]}, sessions)
                 results[row.name] = {
                     "rate": many["rate"],
                     "p50_ms": one["p50_ms"],
                     "p99_ms": one["p99_ms"],
+                    "cpu_ms": spent * 1e3,
                     "checked": checked,
                     "rss_mb": resident_mb(process),
                 }
@@ -509,6 +522,7 @@ def summary(kept: dict[str, dict[str, list[dict[str, float]]]], seconds: float, 
                 "p99_ms": round(median(name, row.name, "p99_ms"), 3),
                 "added_p50_ms": round(median(name, row.name, "p50_ms") - median("direct", row.name, "p50_ms"), 3),
                 "added_p99_ms": round(median(name, row.name, "p99_ms") - median("direct", row.name, "p99_ms"), 3),
+                "cpu_ms": round(statistics.median(result.get("cpu_ms", 0) for result in kept[name][row.name]), 3),
                 "ids_verified": int(sum(result.get("checked", 0) for result in kept[name][row.name])),
                 "rss_mb": round(max(result.get("rss_mb", 0) for result in kept[name][row.name]), 1),
             }

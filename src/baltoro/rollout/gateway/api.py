@@ -119,7 +119,7 @@ class Api:
         if not _SESSION_ID.fullmatch(id):
             raise ApiError(400, "a session's id has 1 to 128 letters, digits and . _ ~ -", param="session")
         if id not in self._sessions:
-            found = await asyncio.to_thread(self._store.load, id)
+            found = await self._store.load(id)
             self._sessions.setdefault(id, found or Session(id))
         return self._sessions[id]
 
@@ -131,11 +131,11 @@ class Api:
         if not self._upstream.exact:
             raise ValueError("the upstream tells no token ids; train on one that does (vLLM, SGLang, a local engine)")
 
-        def export() -> tuple[Trace, ...]:
-            files = self._store.files(session)
-            return session_traces(session, self._upstream.rendering, files, role=role, trainable=trainable)
-
-        return await asyncio.to_thread(export)
+        files = await self._store.files(session)
+        rendering = self._upstream.rendering
+        return await asyncio.to_thread(
+            lambda: session_traces(session, rendering, files, role=role, trainable=trainable)
+        )
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:

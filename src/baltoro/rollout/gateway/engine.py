@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 
 from baltoro.agent.engine import Sampling, StreamingEngine
 from baltoro.agent.loop import derive_seed
@@ -28,13 +29,13 @@ class EngineUpstream:
         self.max_len = max_len
         self.exact = True
         self._engine = engine
-        self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
+        # Not asyncio's own few threads: a program's blocking tools may hold all of them.
+        self._threads = ThreadPoolExecutor(_PREPARED_AT_ONCE, "gateway prepare")
         self._tokenizer = tokenizer
 
     async def prepare(self, ask: Ask) -> Job:
         """In a thread: decoding and encoding let other threads run meanwhile."""
-        async with self._preparing:
-            return await asyncio.to_thread(self._prepare, ask)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, ask)
 
     def _prepare(self, ask: Ask) -> Job:
         request, limit = ask.request, self.max_len
