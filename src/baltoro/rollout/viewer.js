@@ -142,7 +142,7 @@ function groupBox(group) {
   const [low, high] = [Math.min(0, ...rewards), Math.max(0, ...rewards)];
   const rows = group.episodes.map((episode) => {
     const every = episode.agents.flatMap(walk);
-    const button = el("button", "", `seed ${String(episode.seed).slice(-6)}`);
+    const button = el("button", "", `seed ${episode.seed.slice(-6)}`);
     button.type = "button";
     button.title = `seed ${episode.seed}`;
     button.addEventListener("click", () => show(group, episode, button));

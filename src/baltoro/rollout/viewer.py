@@ -79,7 +79,7 @@ class _View:
     def _episode(self, record: Record) -> Json:
         policy = iter(record.policy_logprobs)
         return {
-            "seed": record.seed,
+            "seed": str(record.seed),  # more digits than a number of JavaScript has
             "reward": _finite(record.reward),
             "advantage": _finite(record.advantage),
             "weights": record.weights,
