@@ -3,20 +3,23 @@ PARL, evaluation, report. Every stage leaves one checkpoint; run again, a finish
 one goes on where it stopped."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import random
 import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from baltoro.agent.engine import Sampling
-from baltoro.agent.loop import derive_seed
+from baltoro.agent.engine import Engine, Sampling
+from baltoro.agent.loop import Limits, derive_seed
+from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message
 from baltoro.chat.render import render
@@ -35,9 +38,11 @@ from baltoro.report.headline import headline
 from baltoro.report.html import write_report as write_html
 from baltoro.report.progress import Progress as Display
 from baltoro.report.run_folder import RunFolder, commit
+from baltoro.rl.black_box import Program, program
 from baltoro.rl.shaping import ParlShaping
-from baltoro.rl.trainer import IterationReport, RLConfig, Tasks, Weights, run_rl
-from baltoro.rollout.env import Env
+from baltoro.rl.trainer import IterationReport, Opened, RLConfig, Tasks, Weights, run_rl
+from baltoro.rollout import env as environment
+from baltoro.rollout.env import Agent, Env
 from baltoro.rollout.judge import Policy, Task
 from baltoro.rollout.questions import questions
 from baltoro.rollout.record import write_episodes
@@ -102,7 +107,8 @@ class CaptionerConfig:
 class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
     bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
-    a folder of text; without it, Python's own documentation and library."""
+    a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are done by a
+    program of its own, through the gateway."""
 
     folder: Path
     seed: int
@@ -124,9 +130,11 @@ class RecipeConfig:
     parl: ParlConfig
     evaluation: EvaluationConfig
     expected_s: dict[str, float]
+    black_box: bool
     corpus: Path | None = None
 
 
+_LOOK_UP_TURNS = 8
 _LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
     "projector": "only the projector learns, to fit the tower to the language model",
@@ -284,14 +292,30 @@ class Run:
         return LocalEngine(models, self.tokenizer, slots=agents.slots, max_len=agents.rules.max_context_tokens)
 
     def joint_rl(self) -> None:
-        """Outcome rewards on pictures and on look-ups together (2.3)."""
-        agents = self.config.agents
-        look_up = wide_env("single", 8, agents.rules, (1, 2))
+        """Outcome rewards on pictures and on look-ups together (2.3). With `black_box` the look-ups are done by
+        `swarm.client` behind the gateway."""
+        rules = self.config.agents.rules
+        engine = self.engine({"policy": self.model})
+        look_up = wide_env("single", _LOOK_UP_TURNS, rules, (1, 2))
         pictures = questions("train")
 
-        def tasks(seed: int) -> tuple[Env, Task]:
-            env = look_up if random.Random(seed).random() < 0.25 else pictures
-            return env, env.sample(seed)
+        @contextlib.asynccontextmanager
+        async def opened() -> AsyncGenerator[Tasks]:
+            async with contextlib.AsyncExitStack() as stack:
+                env = look_up
+                if self.config.black_box:
+                    command = (sys.executable, "-m", "baltoro.swarm.client")
+                    media, longest = self.config.media, rules.max_context_tokens
+                    running = await stack.enter_async_context(
+                        program(command, engine, self.tokenizer, media, "policy", longest)
+                    )
+                    env = dataclasses.replace(look_up, agent=_behind(running))
+
+                def tasks(seed: int) -> tuple[Env, Task]:
+                    chosen = env if random.Random(seed).random() < 0.25 else pictures
+                    return chosen, chosen.sample(seed)
+
+                yield tasks
 
         def record(report: IterationReport) -> dict[str, float]:
             return {
@@ -299,7 +323,7 @@ class Run:
                 "text_reward": report.mean_of("perf", look_up.name),
             }
 
-        self._reinforce("rl", self.config.rl, self.model, {}, "policy", tasks, lambda _: {"perf": 1.0}, record)
+        self._reinforce("rl", self.config.rl, self.model, engine, "policy", opened, lambda _: {"perf": 1.0}, record)
 
     def parl(self) -> None:
         """A trainable orchestrator over subagents frozen at the weights it starts from (section 3)."""
@@ -324,9 +348,9 @@ class Run:
             "parl",
             config.rl,
             self.model,
-            {"subagent": frozen},
+            self.engine({"orchestrator": self.model, "subagent": frozen}),
             "orchestrator",
-            lambda seed: (env, env.sample(seed)),
+            lambda: contextlib.nullcontext(lambda seed: (env, env.sample(seed))),
             lambda iteration: config.shaping.weights(iteration, iterations),
             record,
         )
@@ -336,9 +360,9 @@ class Run:
         name: str,
         config: RLConfig,
         model: KimiK25,
-        frozen: dict[str, KimiK25],
+        engine: LocalEngine,
         role: str,
-        tasks: Tasks,
+        opened: Opened,
         weights: Weights,
         record: Callable[[IterationReport], dict[str, float]],
     ) -> None:
@@ -346,7 +370,6 @@ class Run:
         done = read_progress(checkpoint).step if checkpoint.exists() else 0
         self.folder.begin_stage(name, done)
         self.display.stage(name, _LEARNS[name], config.iterations, done)
-        engine = self.engine({role: model, **frozen})
         draw = Sampling(self.config.agents.rules.max_turn_tokens)
         policy = Policy(self.tokenizer, self.config.media, draw, role, declare_tools=False)
         episodes = self.folder.path / "episodes" / f"{name}.jsonl"
@@ -375,7 +398,7 @@ class Run:
             model,
             engine,
             config,
-            tasks,
+            opened,
             policy,
             weights,
             derive_seed(self.config.seed, *name.encode()),
@@ -460,6 +483,22 @@ class Run:
         folder.write_json("examples.json", gallery(final.vision))
         for mode, result in final.wide.items():
             folder.write_json(f"{mode}.json", episode(final.jobs[0], result.traces[0]))
+
+
+def _behind(running: Program) -> Agent:
+    """Look-ups by `swarm.client`: the program's answer is what is judged."""
+    from baltoro.swarm import client  # for the sake of those who have no openai installed
+
+    async def agent(engine: Engine, policy: Policy, task: Task, world: environment.World, limits: Limits) -> Trace:
+        seed = policy.sampling.seed
+        question = "".join(part for part in world.prompt if isinstance(part, str))
+        assert limits.critical_steps
+        turns, tokens = limits.critical_steps, limits.max_turn_tokens
+        job = client.Job(policy.role, task["world"], task["split"], question, seed, turns, tokens)
+        answer, trace = await running.solve(f"{seed}", dataclasses.asdict(job))
+        return dataclasses.replace(trace, final_text=answer)
+
+    return agent
 
 
 def run_recipe(config: RecipeConfig) -> None:

@@ -15,6 +15,7 @@ from baltoro.chat.parse import (
     Event,
     Parsed,
     ReasoningDelta,
+    fold,
     parse_completion,
 )
 from baltoro.chat.render import render
@@ -221,3 +222,19 @@ def test_arguments_have_no_longest_length(byte_tokenizer: Tokenizer) -> None:
 def test_any_ids_at_all_are_read(byte_tokenizer: Tokenizer, ids: list[int], thinking: bool) -> None:
     parsed = parse_completion(ids, byte_tokenizer, thinking)
     assert ("the turn was cut off before <|im_end|>" in parsed.errors) == (byte_tokenizer.im_end not in ids)
+
+
+@given(st.data())
+def test_fed_at_once_or_one_by_one_the_message_is_the_same(byte_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Marks, the stray word and pieces of it, characters of several bytes, and any byte at all."""
+    t = byte_tokenizer
+    marks = "</think>", BEGIN, "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|im_end|>"
+    words = [said(t, word) for word in (*marks, "f:0", STRAY, STRAY[:9], " ", "天<")]
+    pieces = st.one_of(st.sampled_from(words), st.sampled_from(words), st.integers(0, 319).map(lambda i: [i]))
+    ids = [i for piece in data.draw(st.lists(pieces, max_size=12)) for i in piece]
+    thinking = data.draw(st.booleans())
+    parser = CompletionParser(t, thinking)
+    one_by_one = fold([*(event for i in ids for event in parser.feed(i)), *parser.finish()])
+    at_once = parse_completion(ids, t, thinking)
+    assert fields(at_once.message) == fields(one_by_one.message)
+    assert at_once.errors == one_by_one.errors

@@ -66,13 +66,16 @@ def recording(tokenizer: Tokenizer, media_spec: MediaSpec) -> Recording:
         children = tuple(run("subagent", [call, completion_text(f"Mirn {n}")], Look(), seed) for n in range(2))
         trace = run("orchestrator", [call, completion_text(PAYLOAD)], Look(children), seed)
         trace = dataclasses.replace(trace, reasons={"right": PAYLOAD}).with_signals(right=seed / 8, perf=1.0)
-        drift = tuple(value - 0.3 if value else 0.0 for value in trace.logprobs)
+        drift = (tuple(value - 0.3 if value else 0.0 for value in trace.logprobs), (), (), *[()] * (seed == 0))
         later = dataclasses.replace(trace, turns=(), loss_mask=(0,) * len(trace.tokens), broke="compaction " + PAYLOAD)
         later = dataclasses.replace(later, logprobs=(0.0,) * len(trace.tokens), signals={}, reasons={})
+        if seed == 0:
+            last = dataclasses.replace(trace.turns[1], children=(later,))
+            trace = dataclasses.replace(trace, turns=(trace.turns[0], last))
         records.append(
             Record(
                 "cap<b>", "1", {"gold": PAYLOAD}, f"1/{seed // 4}", seed, trace, {"right": 1.0}, seed / 8,
-                seed % 4 / 8 - 3 / 16, (drift, (), ()), (later,) if seed == 0 else (),
+                seed % 4 / 8 - 3 / 16, drift,
             )
         )  # fmt: skip
     return Recording(tokenizer, media_spec, records)
@@ -131,9 +134,9 @@ def test_in_a_browser(recording: Recording, tmp_path: Path, policy: bool) -> Non
     # Every token of the agent stands there in order, its own and those around it, pictures in place of placeholders.
     trace = recording.records[0].trace
     shown = re.findall(r'<span(?: class="([^"]*)")? title="([^"]*)">(.*?)</span>', body, re.DOTALL)
-    own = shown[: sum(token != recording.tokenizer.media_pad for token in trace.tokens)]
     tokenizer = recording.tokenizer
     expected = [tokenizer.decode([token]) for token in trace.tokens if token != tokenizer.media_pad]
+    own = shown[: len(expected)]
     assert [html.unescape(text) for _, _, text in own] == expected
     assert sum("trained" in name.split() for name, _, _ in own) == sum(trace.loss_mask)
     assert "trainer's log-probability" in own[-1][1]

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from baltoro.chat.messages import TokenSequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to draw a completion. `temperature` 0 is greedy. `seed` makes the draw independent of batch-mates."""
 
@@ -17,7 +17,7 @@ class Sampling:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Sampled ids (the stop token included when it was drawn) and the log-probability of each under the
     distribution it was drawn from the model at temperature 1 (the engine_logprobs of Eq. 1)."""
@@ -28,7 +28,7 @@ class Completion:
     weight_version: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """One token of a completion as it is drawn, with its log-probability at temperature 1, and by which weights."""
 
@@ -46,7 +46,9 @@ class Overloaded(Exception):
 
 
 class Engine(Protocol):
-    """Anything that continues a token sequence. Stops at <|im_end|> or after `max_tokens`."""
+    """Anything that continues a token sequence. Stops at <|im_end|> or after `max_tokens`.
+
+    An agent's prompt grows in place after the call: an engine copies what it keeps."""
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
         """`role` names the policy that speaks (orchestrator, subagent, ...), so that one engine may serve several.

@@ -7,18 +7,21 @@ tokens are exactly those that the engine saw and drew.
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from baltoro.agent.engine import Completion, Engine, Sampling
 from baltoro.agent.tool import CallContext, Tool, ToolResult
 from baltoro.agent.trace import Status, Trace, Turn
 from baltoro.chat.media import MediaSpec
-from baltoro.chat.messages import MediaItem, Message, TokenSequence, ToolCall, tool_result, user
+from baltoro.chat.messages import Message, TokenSequence, ToolCall, tool_result, user
 from baltoro.chat.parse import Parsed, parse_completion
 from baltoro.chat.render import render, render_tool_results
 from baltoro.chat.schema import parse_arguments
 from baltoro.chat.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ async def run_agent(
     begin = time.monotonic() if origin is None else origin
     toolbox = {tool.spec.name: tool for tool in tools}
     declared = [tool.spec for tool in tools] if declare_tools else []
-    context = _Context(list(messages))
-    context.extend(render(messages, tokenizer, media_spec, declared, add_generation_prompt=True, thinking=thinking))
+    opening = render(messages, tokenizer, media_spec, declared, add_generation_prompt=True, thinking=thinking)
+    context = _Context(list(messages), TokenSequence(opening.ids, opening.media))
     turns: list[Turn] = []
     spent = 0
     noticed = False
@@ -80,10 +83,10 @@ async def run_agent(
         return Trace(
             role=role,
             messages=tuple(context.messages),
-            tokens=tuple(context.ids),
-            loss_mask=tuple(context.loss_mask),
-            logprobs=tuple(context.logprobs),
-            media=tuple(context.media),
+            tokens=tuple(context.prompt.ids),
+            loss_mask=_spread(turns, len(context.prompt.ids), lambda turn: [1] * len(turn.ids), 0),
+            logprobs=_spread(turns, len(context.prompt.ids), lambda turn: turn.logprobs, 0.0),
+            media=tuple(context.prompt.media),
             turns=tuple(turns),
             status=status,
             final_text=text,
@@ -92,22 +95,23 @@ async def run_agent(
         )
 
     while True:
-        if len(context.ids) + limits.max_turn_tokens > limits.max_context_tokens:
+        if len(context.prompt.ids) + limits.max_turn_tokens > limits.max_context_tokens:
             return finish("overflow")
         started = time.monotonic() - begin
         seed = derive_seed(sampling.seed, len(turns))
         try:
             completion = await engine.generate(
-                context.prompt(), replace(sampling, max_tokens=limits.max_turn_tokens, seed=seed), role
+                context.prompt, replace(sampling, max_tokens=limits.max_turn_tokens, seed=seed), role
             )
         except Exception as error:  # the boundary for engine failures: a failed rollout is data
             return finish("failed", error=f"{type(error).__name__}: {error}")
         generated = time.monotonic() - begin
-        prompt_len = len(context.ids)
+        prompt_len = len(context.prompt.ids)
         parsed = parse_completion(completion.ids, tokenizer, thinking)
         message = parsed.message
         malformed = _malformed_calls(parsed, completion, tokenizer)
-        context.extend_sampled(completion, message)
+        context.prompt.ids.extend(completion.ids)
+        context.messages.append(message)
         spent += 1
         last = _left(limits, len(turns) + 1, spent) == 0
 
@@ -145,9 +149,8 @@ async def run_agent(
             return finish("limit" if forced else "completed", message.text.strip())
         noticed = bool(limits.notice) and _left(limits, len(turns), spent) == 1
         following = [*answers, user(limits.notice)] if noticed else answers
-        context.close_turn(tokenizer.im_end)
-        context.messages.extend(following)
-        context.extend(render_tool_results(following, tokenizer, media_spec, thinking=thinking))
+        rendered = render_tool_results(following, tokenizer, media_spec, thinking=thinking)
+        context.follow(following, rendered, tokenizer.im_end)
 
 
 def _malformed_calls(parsed: Parsed, completion: Completion, tokenizer: Tokenizer) -> str:
@@ -164,37 +167,27 @@ def _left(limits: Limits, turns: int, spent: int) -> int:
     return left if limits.critical_steps is None else min(left, limits.critical_steps - spent)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Context:
-    """The growing token sequence of one agent, with what training needs beside each token."""
+    """What one agent has read and written; its prompt grows in place."""
 
     messages: list[Message]
+    prompt: TokenSequence
 
-    def __post_init__(self) -> None:
-        self.ids: list[int] = []
-        self.loss_mask: list[int] = []
-        self.logprobs: list[float] = []
-        self.media: list[MediaItem] = []
+    def follow(self, messages: Sequence[Message], rendered: TokenSequence, im_end: int) -> None:
+        self.messages += messages
+        if self.prompt.ids[-1] != im_end:
+            self.prompt.ids.append(im_end)  # cut by length after its calls: it was not sampled, so it is no target
+        self.prompt.ids.extend(rendered.ids)
+        self.prompt.media.extend(rendered.media)
 
-    def prompt(self) -> TokenSequence:
-        return TokenSequence(list(self.ids), list(self.media))
 
-    def extend(self, sequence: TokenSequence) -> None:
-        self.ids += sequence.ids
-        self.media += sequence.media
-        self.loss_mask += [0] * len(sequence.ids)
-        self.logprobs += [0.0] * len(sequence.ids)
-
-    def extend_sampled(self, completion: Completion, message: Message) -> None:
-        self.messages.append(message)
-        self.ids += completion.ids
-        self.loss_mask += [1] * len(completion.ids)
-        self.logprobs += completion.logprobs
-
-    def close_turn(self, im_end: int) -> None:
-        """A completion cut by length after its calls lacks the end token; it was not sampled, so it is no target."""
-        if self.ids[-1] != im_end:
-            self.extend(TokenSequence([im_end]))
+def _spread(turns: Sequence[Turn], length: int, values: Callable[[Turn], Sequence[T]], elsewhere: T) -> tuple[T, ...]:
+    """Along the tokens of an agent, the values of those that it sampled."""
+    out = [elsewhere] * length
+    for turn in turns:
+        out[turn.prompt_len : turn.prompt_len + len(turn.ids)] = values(turn)
+    return tuple(out)
 
 
 async def run_calls(
@@ -204,10 +197,12 @@ async def run_calls(
     results: dict[int, ToolResult] = {}
     waiting: list[int] = []
     for index, call in enumerate(calls):
-        if call.name in toolbox and toolbox[call.name].sequential:
+        if len(calls) == 1 or (call.name in toolbox and toolbox[call.name].sequential):
             results[index] = await _run_call(call, contexts[index], toolbox)
         else:
             waiting.append(index)
+    if not waiting:
+        return [results[index] for index in range(len(calls))]
     async with asyncio.TaskGroup() as group:
         tasks = {index: group.create_task(_run_call(calls[index], contexts[index], toolbox)) for index in waiting}
     results.update((index, task.result()) for index, task in tasks.items())

@@ -29,7 +29,7 @@ class ScriptedEngine:
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
         position = len(self.prompts)
-        self.prompts.append(prompt)
+        self.prompts.append(TokenSequence(list(prompt.ids), list(prompt.media)))
         self.samplings.append(sampling)
         if callable(self._script):
             text = self._script(self._tokenizer.decode(prompt.ids), role)

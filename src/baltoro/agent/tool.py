@@ -7,7 +7,7 @@ from baltoro.agent.trace import Trace
 from baltoro.chat.messages import Part, ToolSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CallContext:
     """What a tool may know about the call.
 
@@ -21,7 +21,7 @@ class CallContext:
     origin: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolResult:
     """What came back. The model sees `content`, or `error` where there is no content.
 

@@ -11,7 +11,7 @@ from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part, ToolCal
 Status = Literal["completed", "limit", "overflow", "failed"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Turn:
     """One model call and the tool calls it led to.
 
@@ -37,7 +37,7 @@ class Turn:
         return self.message.tool_calls
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Trace:
     """One agent's run. `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (0 elsewhere) are aligned;
     `media` stand in the order of their placeholders. `error` says why a run failed. `trainable`: whether the

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Image:
     """One picture, uint8 RGB of shape [height, width, 3]."""
 
     pixels: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Clip:
     """Frames of one video, uint8 RGB of shape [frames, height, width, 3], sampled at `fps` frames per second."""
 
@@ -25,7 +25,7 @@ class Clip:
     fps: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Video:
     """A video file. It is decoded where it is rendered, chunk by chunk: its frames may be larger than memory."""
 
@@ -35,7 +35,7 @@ class Video:
 Part = str | Image | Clip | Video
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """`id` is `functions.{name}:{index}`; `arguments` is the JSON text exactly as written."""
 
@@ -44,7 +44,7 @@ class ToolCall:
     arguments: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolSpec:
     """A callable tool as the model sees it; `parameters` is a JSON schema of type object."""
 
@@ -53,7 +53,7 @@ class ToolSpec:
     parameters: dict[str, object]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Message:
     """One turn of the K2.5 chat format.
 
@@ -89,7 +89,7 @@ def tool_result(call_id: str, *content: Part) -> Message:
     return Message("tool", content, tool_call_id=call_id)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class MediaItem:
     """One preprocessed image or one chunk of at most four frames, as the vision tower takes it.
 
@@ -101,7 +101,7 @@ class MediaItem:
     grid_thw: tuple[int, int, int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class TokenSequence:
     """What a model reads: ids with expanded media placeholders, the media in order of their placeholders,
     and for training a loss mask of the same length as ids (1 where the token is a target)."""

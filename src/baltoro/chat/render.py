@@ -86,10 +86,17 @@ class _Writer:
         self._pending += text
 
     def control(self, token: int, target: int = 0, count: int = 1) -> None:
-        ids = self._tokenizer.encode(self._pending)
-        self._out.ids.extend(ids + [token] * count)
-        self._out.loss_mask.extend([self._target] * len(ids) + [target] * count)
-        self._pending = ""
+        ids, mask = self._out.ids, self._out.loss_mask
+        if self._pending:
+            ids += self._tokenizer.encode(self._pending)
+            mask += [self._target] * (len(ids) - len(mask))
+            self._pending = ""
+        if count == 1:
+            ids.append(token)
+            mask.append(target)
+        else:
+            ids += [token] * count
+            mask += [target] * count
         if self._max_tokens is not None and len(self._out.ids) > self._max_tokens:
             raise TooLong(f"the dialogue has more than {self._max_tokens} tokens")
 

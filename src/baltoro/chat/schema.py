@@ -115,8 +115,9 @@ def _check(value: object, schema: _Schema | bool, path: str, root: _Schema) -> N
         _check(value, named, path, root)
     if "anyOf" in schema:
         _check_any(value, schema["anyOf"], path, root)
-    if "type" in schema:
-        kinds = cast(list[str], _array(schema["type"]) or [schema["type"]])
+    kind = schema.get("type")
+    if kind is not None and not (isinstance(kind, str) and _is(value, kind)):
+        kinds = cast(list[str], _array(kind) or [kind])
         if not any(_is(value, kind) for kind in kinds):
             raise ValueError(f"{path} must be of type {' or '.join(kinds)}")
     if "enum" in schema and not any(_same(value, choice) for choice in schema["enum"]):
@@ -160,8 +161,7 @@ def _check_any(value: object, options: list[_Schema | bool], path: str, root: _S
 
 
 def _check_length(length: int, schema: _Schema, keyword: str, path: str, unit: str) -> None:
-    low, high = schema.get(f"min{keyword}", 0), schema.get(f"max{keyword}", length)
-    if not low <= length <= high:
+    if not schema.get("min" + keyword, 0) <= length <= schema.get("max" + keyword, length):
         raise ValueError(f"{path} has {length} {unit}")
 
 

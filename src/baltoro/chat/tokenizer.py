@@ -5,6 +5,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -53,6 +54,8 @@ _OFFSETS = {
 _RELEASED_BASE = 163_584
 _RELEASED_RESERVED = 256
 _RESERVED = 64
+# Role words and the like are encoded again and again: as many texts of so many characters are remembered.
+_SHORT, _REMEMBERED = 32, 1024
 
 
 class Tokenizer:
@@ -63,6 +66,7 @@ class Tokenizer:
     def __init__(self, ranks: dict[bytes, int]) -> None:
         """`ranks`: the ids 0..n-1 of n byte strings, all 256 single bytes among them; lower ranks merge first."""
         self._encoding = tiktoken.Encoding("k2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encode_short = lru_cache(_REMEMBERED)(self._encoding.encode_ordinary)
         self._pieces = sorted(ranks, key=ranks.__getitem__)
         base = self.base_size = len(ranks)
         reserved = _RELEASED_RESERVED if base == _RELEASED_BASE else _RESERVED + -base % 64
@@ -145,6 +149,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ordinary tokens only: text that spells a control token stays text."""
+        if len(text) <= _SHORT:
+            return list(self._encode_short(text))
         return [token for piece in _bounded(text) for token in self._encoding.encode_ordinary(piece)]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -161,6 +167,9 @@ def _bounded(text: str) -> Iterator[str]:
 
     Without it a long run of spaces overflows the stack of tiktoken's regex engine.
     """
+    if len(text) <= 25_000:
+        yield text
+        return
     for start in range(0, len(text), 400_000):
         part, done = text[start : start + 400_000], 0
         for run in re.finditer(r"\s+|\S+", part) if len(part) > 25_000 else ():

@@ -7,6 +7,7 @@ of them. PARL is this loop with an orchestrator's traces and the weights of `Par
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from baltoro.train.state import Progress, load_state, save_state
 
 Tasks = Callable[[int], tuple[Env, Task]]
 """Task seed to an environment and a task of it."""
+
+Opened = Callable[[], AbstractAsyncContextManager[Tasks]]
+"""Opens what the environments of one iteration need beside the running engine."""
 
 Weights = Callable[[int], Mapping[str, float]]
 """Iteration to the weights of the signals."""
@@ -113,7 +117,7 @@ def run_rl(
     model: KimiK25,
     engine: LocalEngine,
     config: RLConfig,
-    tasks: Tasks,
+    opened: Opened,
     policy: Policy,
     weights: Weights,
     seed: int,
@@ -132,7 +136,7 @@ def run_rl(
     tokens = progress.tokens
     for iteration in range(progress.step, config.iterations):
         engine.update(policy.role, model)
-        groups = asyncio.run(_roll_out(engine, config, tasks, policy, derive_seed(seed, iteration)))
+        groups = asyncio.run(_roll_out(engine, config, opened, policy, derive_seed(seed, iteration)))
         signs = weights(iteration)
         samples = [sample for group in groups for sample in _samples(group, signs)]
         result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
@@ -145,7 +149,7 @@ def run_rl(
     return progress
 
 
-async def _roll_out(engine: LocalEngine, config: RLConfig, tasks: Tasks, policy: Policy, seed: int) -> list[Group]:
+async def _roll_out(engine: LocalEngine, config: RLConfig, opened: Opened, policy: Policy, seed: int) -> list[Group]:
     manager = RolloutManager(engine, ManagerConfig())
 
     async def submit(env: Env, task: Task, group: int, k: int, seed: int) -> Running:
@@ -153,7 +157,7 @@ async def _roll_out(engine: LocalEngine, config: RLConfig, tasks: Tasks, policy:
 
     groups: list[Group] = []
     running: list[list[Running]] = []
-    async with engine.run(), manager.run():
+    async with engine.run(), opened() as tasks, manager.run():
         for number in range(config.tasks):
             task_seed = derive_seed(seed, number)
             env, task = tasks(task_seed)

@@ -94,7 +94,7 @@ function agentBody(agent, scale) {
       tokens(box, agent, scale, turn.begin, turn.begin + turn.length, index, media);
       at = Math.max(at, turn.begin + turn.length);
     }
-    for (const child of turn.children) box.append(agentBox(child, scale, false));
+    for (const child of turn.children) box.append(agentBox(child, scale, child.broke !== ""));
   });
   tokens(box, agent, scale, at, agent.tokens.length, null, media);
   return box;
@@ -122,7 +122,7 @@ function show(group, episode, button) {
   button.setAttribute("aria-current", "true");
   const most = Math.max(1e-9, ...group.episodes.map((one) => Math.abs(one.advantage ?? 0)));
   const scale = { advantage: episode.advantage, most };
-  const judged = episode.agents[0];
+  const judged = episode.agent;
   const names = [...new Set([...Object.keys(judged.signals), ...Object.keys(judged.reasons)])];
   const rows = names.map((name) =>
     el("tr", "", el("th", "", name), el("td", "", number(judged.signals[name])), el("td", "", number(episode.weights[name])),
@@ -133,7 +133,7 @@ function show(group, episode, button) {
     el("p", "", `reward ${number(episode.reward)} · advantage ${number(episode.advantage)}`),
     el("table", "", el("thead", "", head), el("tbody", "", ...rows)),
     el("details", "", el("summary", "", "task"), el("pre", "", JSON.stringify(group.task, null, 1))),
-    ...episode.agents.map((agent) => agentBox(agent, scale, true)),
+    agentBox(episode.agent, scale, true),
   );
 }
 
@@ -141,7 +141,7 @@ function groupBox(group) {
   const rewards = group.episodes.map((episode) => episode.reward).filter((reward) => reward !== null);
   const [low, high] = [Math.min(0, ...rewards), Math.max(0, ...rewards)];
   const rows = group.episodes.map((episode) => {
-    const every = episode.agents.flatMap(walk);
+    const every = walk(episode.agent);
     const button = el("button", "", `seed ${episode.seed.slice(-6)}`);
     button.type = "button";
     button.title = `seed ${episode.seed}`;
@@ -151,7 +151,7 @@ function groupBox(group) {
     const turns = every.reduce((sum, agent) => sum + agent.turns.length, 0);
     return el("tr", "", el("td", "", button), el("td", "", number(episode.reward)), el("td", "", bar),
       el("td", "", number(episode.advantage)), el("td", "", `${every.length}`), el("td", "", `${turns}`),
-      el("td", "", episode.agents[0].status));
+      el("td", "", episode.agent.status));
   });
   const mean = rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : null;
   const head = ["", "reward", "", "advantage", "agents", "turns", "status"].map((word) => el("th", "", word));

@@ -83,7 +83,7 @@ class _View:
             "reward": _finite(record.reward),
             "advantage": _finite(record.advantage),
             "weights": record.weights,
-            "agents": [self._agent(trace, policy) for trace in (record.trace, *record.later)],
+            "agent": self._agent(record.trace, policy),
         }
 
     def _agent(self, trace: Trace, policy: Iterable[tuple[float, ...]]) -> Json:

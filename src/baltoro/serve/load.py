@@ -9,7 +9,9 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.kimi import KimiK25
 from baltoro.model.release import Checkpoint, load_release
-from baltoro.rollout.gateway.api import Api, ApiConfig, serve
+from baltoro.rollout.gateway.api import Api, ApiConfig
+from baltoro.rollout.gateway.engine import EngineUpstream
+from baltoro.rollout.gateway.server import serve
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import prepare_machine
 
@@ -67,10 +69,10 @@ def serve_model(loaded: Loaded, config: ServeConfig, name: str) -> None:
 
     async def run() -> None:
         engine = LocalEngine({name: loaded.model}, loaded.tokenizer, slots=config.slots, max_len=context)
-        limits = ApiConfig(
-            name, context, config.slots + config.queue, config.body_mb * 2**20, os.environ.get(_API_KEY, "")
-        )
-        api = Api(engine, loaded.tokenizer, loaded.media, limits)
+        upstream = EngineUpstream(engine, loaded.tokenizer, loaded.media, context)
+        key = os.environ.get(_API_KEY, "")
+        limits = ApiConfig(name, config.slots + config.queue, config.body_mb * 2**20, (key,) if key else ())
+        api = Api(upstream, limits)
         await serve(api, engine.run(), config.host, config.port)
 
     asyncio.run(run())

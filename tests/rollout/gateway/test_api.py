@@ -27,6 +27,7 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence, ToolSpec
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.api import Api, ApiConfig
+from baltoro.rollout.gateway.engine import EngineUpstream
 
 T = Tokenizer({bytes([b]): b for b in range(256)})
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
@@ -47,8 +48,8 @@ TWO_CALLS = completion_text("Let me see.", reasoning="two ☃", calls=[("weather
 
 @contextlib.asynccontextmanager
 async def served(engine: StreamingEngine, **changes: Any) -> AsyncIterator[AsyncOpenAI]:
-    config = {"name": "m", "max_len": 4000, "max_choices": 8, "max_body": 2**20} | changes
-    api = Api(engine, T, MediaSpec.K25, ApiConfig(**config))
+    config = {"name": "m", "max_choices": 8, "max_body": 2**20} | changes
+    api = Api(EngineUpstream(engine, T, MediaSpec.K25, 4000), ApiConfig(**config))
     runner = api.runner()
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -344,7 +345,7 @@ def _tool(**function: Any) -> dict[str, Any]:
         (b"\xff\xfe\x00", 400, "not valid JSON"),
         (b"[" * 200_000, 400, "not valid JSON"),
         (b"[]", 400, "must be a JSON object"),
-        (b'{"model": "m", "temperature": NaN}', 400, "NaN"),
+        (b'{"model": "m", "temperature": NaN}', 400, "not valid JSON: unexpected character"),
         ({"model": None}, 400, "model: Field required"),
         ({"model": "gpt", "messages": ASK}, 404, "there is no model gpt"),
         ({"messages": []}, 400, "messages: "),
@@ -439,7 +440,7 @@ async def test_an_engine_that_fails_is_a_500_and_in_a_stream_an_error_event(capl
 
 
 async def test_a_key_is_asked_for() -> None:
-    async with served(ScriptedEngine(T, [completion_text("x")]), api_key="s3cret") as client:
+    async with served(ScriptedEngine(T, [completion_text("x")]), api_keys=("s3cret",)) as client:
         with pytest.raises(openai.AuthenticationError) as refused:
             await client.models.list()
         assert refused.value.code == "invalid_api_key"

@@ -27,6 +27,7 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Image, MediaItem, TokenSequence, ToolSpec, system, user
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.api import Api, ApiConfig
+from baltoro.rollout.gateway.engine import EngineUpstream
 
 T = Tokenizer({bytes([b]): b for b in range(256)})
 HALF = (0.5, 0.5, 0.5)
@@ -90,7 +91,7 @@ class Click:
 
 @contextlib.asynccontextmanager
 async def served(engine: Priced) -> AsyncIterator[tuple[Api, str]]:
-    api = Api(engine, T, SPEC, ApiConfig("m", max_len=20_000, max_choices=8, max_body=2**22))
+    api = Api(EngineUpstream(engine, T, SPEC, 20_000), ApiConfig("m", max_choices=8, max_body=2**22))
     runner = api.runner()
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from baltoro.chat.messages import ToolCall
-from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.blocks import Begun, Blocks, Called, Delta, Ended
 from baltoro.rollout.gateway.chat_request import (
@@ -32,7 +31,7 @@ from baltoro.rollout.gateway.chat_request import (
     UserTurn,
     Wire,
 )
-from baltoro.rollout.gateway.dialect import event
+from baltoro.rollout.gateway.dialect import Spell, event
 from baltoro.rollout.gateway.errors import ApiError, validated
 
 
@@ -167,7 +166,7 @@ class Anthropic:
             thinking=Thinking(type="disabled" if off else "enabled"),
         )
 
-    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], tokenizer: Tokenizer) -> dict[str, Any]:
+    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], spell: Spell) -> dict[str, Any]:
         choice = choices[0]
         said = choice.message
         content: list[dict[str, Any]] = []
@@ -179,7 +178,7 @@ class Anthropic:
         usage = {**_usage(job), "output_tokens": len(choice.sampled)}
         return {**_message(job), "content": content, **_stop(choice), "usage": usage, **_faults(choice)}
 
-    def stream(self, request: ChatRequest, job: Job, tokenizer: Tokenizer) -> "AnthropicStream":
+    def stream(self, request: ChatRequest, job: Job, spell: Spell) -> "AnthropicStream":
         return AnthropicStream(job)
 
     def error(self, error: ApiError) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from typing import Any
 
 from baltoro.agent.engine import Sampled
 from baltoro.chat.parse import ArgumentsDelta, CallBegun, CallEnded, ContentDelta, Event, Malformed, ReasoningDelta
-from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.chat_request import ChatRequest
-from baltoro.rollout.gateway.dialect import event
+from baltoro.rollout.gateway.dialect import Spell, event
 from baltoro.rollout.gateway.errors import ApiError, validated
 
 
@@ -20,16 +19,16 @@ class Chat:
     def read(self, body: dict[str, Any]) -> ChatRequest:
         return validated(ChatRequest, body)
 
-    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], tokenizer: Tokenizer) -> dict[str, Any]:
+    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], spell: Spell) -> dict[str, Any]:
         body = {
             **_head(job, "chat.completion"),
-            "choices": [_whole(request, choice, tokenizer) for choice in choices],
+            "choices": [_whole(request, choice, spell) for choice in choices],
             "usage": _usage(job, choices),
         }
         return {**body, "prompt_token_ids": job.prompt.ids} if request.return_token_ids else body
 
-    def stream(self, request: ChatRequest, job: Job, tokenizer: Tokenizer) -> "ChatStream":
-        return ChatStream(request, job, tokenizer)
+    def stream(self, request: ChatRequest, job: Job, spell: Spell) -> "ChatStream":
+        return ChatStream(request, job, spell)
 
     def error(self, error: ApiError) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -38,10 +37,10 @@ class Chat:
 
 
 class ChatStream:
-    def __init__(self, request: ChatRequest, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: ChatRequest, job: Job, spell: Spell) -> None:
         self._request = request
         self._job = job
-        self._tokenizer = tokenizer
+        self._spell = spell
         self._head = _head(job, "chat.completion.chunk")
         self._usage = request.stream_options is not None and request.stream_options.include_usage
         if self._usage:
@@ -58,7 +57,7 @@ class ChatStream:
             ids = {"prompt_token_ids": self._job.prompt.ids} if self._request.return_token_ids else {}
             opening = event({**self._head, "choices": [first], **ids})
         delta = self._delta(choice, step)
-        described = _described(self._request, step.sampled, self._tokenizer) if step.sampled else {}
+        described = _described(self._request, step.sampled, self._spell) if step.sampled else {}
         if not (delta or described or step.finish):
             return opening
         chunk = {"index": choice.index, "delta": delta, "finish_reason": step.finish, **described}
@@ -107,7 +106,7 @@ def _usage(job: Job, choices: Sequence[Choice]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _whole(request: ChatRequest, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
+def _whole(request: ChatRequest, choice: Choice, spell: Spell) -> dict[str, Any]:
     said = choice.message
     message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
     if choice.job.thinking:
@@ -120,15 +119,15 @@ def _whole(request: ChatRequest, choice: Choice, tokenizer: Tokenizer) -> dict[s
         ]
     if errors := choice.errors():
         message["parse_errors"] = errors
-    described = {"logprobs": None, **_described(request, choice.sampled, tokenizer)}
+    described = {"logprobs": None, **_described(request, choice.sampled, spell)}
     return {"index": choice.index, "message": message, "finish_reason": choice.finish, **described}
 
 
-def _described(request: ChatRequest, sampled: Sequence[Sampled], tokenizer: Tokenizer) -> dict[str, Any]:
+def _described(request: ChatRequest, sampled: Sequence[Sampled], spell: Spell) -> dict[str, Any]:
     """One entry for each token that was drawn, control tokens by name."""
     fields: dict[str, Any] = {}
     if request.logprobs:
-        pieces = [tokenizer.decode_bytes([s.token]) for s in sampled]
+        pieces = [spell(s.token) for s in sampled]
         entries = [
             {"token": piece.decode("utf-8", "replace"), "logprob": s.logprob, "bytes": list(piece), "top_logprobs": []}
             for piece, s in zip(pieces, sampled, strict=True)

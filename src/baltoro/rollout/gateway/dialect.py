@@ -1,13 +1,16 @@
 """What a dialect does: one way to ask for an answer over HTTP and to be told it."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from baltoro.chat.tokenizer import Tokenizer
+import orjson
+
 from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.chat_request import ChatRequest
 from baltoro.rollout.gateway.errors import ApiError
+
+Spell = Callable[[int], bytes]
+"""The bytes of a token; control tokens by name."""
 
 
 class Stream(Protocol):
@@ -32,15 +35,13 @@ class Dialect(Protocol):
         """Raises ApiError 400."""
         ...
 
-    def whole(
-        self, request: ChatRequest, job: Job, choices: Sequence[Choice], tokenizer: Tokenizer
-    ) -> dict[str, Any]: ...
+    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], spell: Spell) -> dict[str, Any]: ...
 
-    def stream(self, request: ChatRequest, job: Job, tokenizer: Tokenizer) -> Stream: ...
+    def stream(self, request: ChatRequest, job: Job, spell: Spell) -> Stream: ...
 
     def error(self, error: ApiError) -> dict[str, Any]: ...
 
 
 def event(body: dict[str, Any], name: str = "") -> bytes:
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + json.dumps(body).encode() + b"\n\n"
+    return head + b"data: " + orjson.dumps(body) + b"\n\n"

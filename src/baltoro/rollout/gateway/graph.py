@@ -17,10 +17,11 @@ from baltoro.rollout.gateway.said import Said, Setting, chained
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What was said to the model behind the end of call `parent` (None: from the beginning), and its tokens. Calls that
-    ask the same again share it."""
+    ask the same again share it; `first` is the first of them."""
 
     key: bytes
     parent: int | None
+    first: int
     said: tuple[Said, ...]
     ids: "array[int]"
 
@@ -63,7 +64,11 @@ class Session:
         self.call_ids: set[str] = set()
         self._prompts: dict[bytes, Prompt] = {}
         self._ends: dict[bytes, int] = {}
-        self._continued: set[int] = set()
+        self._end_keys: list[bytes] = []
+        self._continued: dict[int, int] = {}  # by the last call that goes on from it
+        # Every beginning of a dialogue on record, and the call that spelled it last.
+        self._passed: dict[bytes, int] = {}
+        self._settings: set[bytes] = set()
 
     def place(self, setting: Setting, said: Sequence[Said]) -> Place:
         key, parent, begin = setting.digest, None, 0
@@ -75,8 +80,20 @@ class Session:
         broke = "" if fresh else self._why(setting, said)
         prompt = self._prompts.get(key)
         if prompt is not None:
-            parent = prompt.parent
+            parent, begin = prompt.parent, len(said) - len(prompt.said)
         return Place(key, parent, begin, broke, prompt)
+
+    def fit(self, place: Place, ids: Sequence[int]) -> tuple[Place, Sequence[int]]:
+        """`ids`: of the whole prompt as the engine read it. Gives those that it adds to its parent; a prompt in which
+        the recorded tokens do not stand again is put at the beginning, with the reason."""
+        at = 0
+        for call in self.chain(place.parent):
+            for part in (call.prompt.ids, call.ids):
+                if array("i", ids[at : at + len(part)]) != part:
+                    broke = f"the history was tokenised anew: behind token {at} it differs from what was recorded"
+                    return Place(place.key, None, 0, broke, None), ids
+                at += len(part)
+        return place, ids[at:]
 
     def add(
         self,
@@ -92,9 +109,10 @@ class Session:
         ended: float,
     ) -> Call:
         """`ids`: the tokens of the prompt behind the end of the parent."""
+        added = array("i", ids)
         prompt = self._prompts.get(place.key)
-        if prompt is None:
-            prompt = Prompt(place.key, place.parent, tuple(said[place.begin :]), array("i", ids))
+        if prompt is None or (prompt.parent, prompt.ids) != (place.parent, added):
+            prompt = Prompt(place.key, place.parent, len(self.calls), tuple(said[place.begin :]), added)
         call = Call(
             len(self.calls),
             prompt,
@@ -118,9 +136,18 @@ class Session:
         self.call_ids.update(one.id for one in call.answer.calls)
         self._prompts[call.prompt.key] = call.prompt
         # Of equal answers to one prompt the last counts: that is what a client goes on from.
-        self._ends[chained(call.prompt.key, call.answer)] = call.number
+        end = chained(call.prompt.key, call.answer)
+        self._ends[end] = call.number
+        self._settings.add(call.setting.digest)
+        parent = call.prompt.parent
+        key = call.setting.digest if parent is None else self._end_keys[parent]
+        for one in call.prompt.said:
+            key = chained(key, one)
+            self._passed[key] = call.number
+        self._passed[end] = call.number
+        self._end_keys.append(end)
         if call.prompt.parent is not None:
-            self._continued.add(call.prompt.parent)
+            self._continued[call.prompt.parent] = call.number
 
     def chain(self, number: int | None) -> list[Call]:
         """The calls from the beginning of a dialogue to call `number`."""
@@ -136,34 +163,26 @@ class Session:
 
     def _why(self, setting: Setting, said: Sequence[Said]) -> str:
         """Against the recorded dialogue with which it has most in common."""
-        new = [one.digest for one in said]
-        best, best_common, best_old = None, -1, list[bytes]()
-        for end in reversed(self.ends()):
-            old = [one.digest for one in _dialogue(self.chain(end.number))]
-            common = next(
-                (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
-            )
-            if end.setting.digest == setting.digest:
-                common += 1
-            if common > best_common:
-                best, best_common, best_old = end, common, old
-        assert best is not None
-        if best.setting.thinking != setting.thinking:
-            return "the thinking mode changed"
-        if best.setting.digest != setting.digest:
-            return "the tools changed"
-        common = best_common - 1
-        if common == len(new):
-            return "the same prompt was asked again" if len(best_old) == common + 1 else "the history was cut off"
-        if common == len(best_old):
-            return "an answer was given before it was asked for"
-        if new[common] in best_old[common + 1 :]:
-            dropped = best_old.index(new[common], common + 1) - common
-            return f"the history was cut: {dropped} messages from message {common} on are missing"
-        if said[common].role == "system":
-            return "the system prompt changed"
-        if common == 0:
-            return "a new dialogue began"
+        if setting.digest not in self._settings:
+            last = self.calls[-1].setting
+            return "the thinking mode changed" if last.thinking != setting.thinking else "the tools changed"
+        key, number, common = setting.digest, None, 0
+        for one in said:
+            key = chained(key, one)
+            if key not in self._passed:
+                break
+            number, common = self._passed[key], common + 1
+        if number is None:
+            return "the system prompt changed" if said[0].role == "system" else "a new dialogue began"
+        if common == len(said):
+            return "the same prompt was asked again" if key in self._prompts else "the history was cut off"
+        while number in self._continued:
+            number = self._continued[number]
+        old = [one.digest for one in _dialogue(self.chain(number))]
+        left = said[common].digest
+        if left in old[common + 1 :]:
+            missing = old.index(left, common + 1) - common
+            return f"the history was cut: {missing} messages from message {common} on are missing"
         return f"message {common} was edited"
 
 

@@ -35,7 +35,7 @@ class Rendering:
         self, chain: Sequence[Call], said: Sequence[Said], setting: Setting, files: Mapping[str, bytes], limit: int
     ) -> TokenSequence:
         """The exact tokens of `chain`, then `said` and the generation prompt. Raises as `begin`."""
-        ids, media = self.recorded(chain, files)
+        ids, media = self._recorded(chain, files)
         if ids[-1] != self._tokenizer.im_end:
             ids.append(self._tokenizer.im_end)  # not drawn by the model, whose answer was cut off
         more = self._render(said, setting, files, True, limit - len(ids), declare=False)
@@ -43,17 +43,16 @@ class Rendering:
 
     def again(self, chain: Sequence[Call], prompt: Prompt, files: Mapping[str, bytes]) -> TokenSequence:
         """The same prompt as before."""
-        ids, media = self.recorded(chain, files)
-        return TokenSequence([*ids, *prompt.ids], media + self._media(prompt.said, files))
+        ids, media = self._recorded(chain, files)
+        return TokenSequence([*ids, *prompt.ids], media + self.items(prompt.said, files))
 
-    def recorded(self, chain: Sequence[Call], files: Mapping[str, bytes]) -> tuple[list[int], list[MediaItem]]:
-        """Tokens and media to the end of the last call."""
+    def _recorded(self, chain: Sequence[Call], files: Mapping[str, bytes]) -> tuple[list[int], list[MediaItem]]:
         ids: list[int] = []
         media: list[MediaItem] = []
         for call in chain:
             ids += call.prompt.ids
             ids += call.ids
-            media += self._media(call.prompt.said, files)
+            media += self.items(call.prompt.said, files)
         return ids, media
 
     def _render(
@@ -83,7 +82,7 @@ class Rendering:
                 self._keep(media, (item,))
         return sequence
 
-    def _media(self, said: Sequence[Said], files: Mapping[str, bytes]) -> list[MediaItem]:
+    def items(self, said: Sequence[Said], files: Mapping[str, bytes]) -> list[MediaItem]:
         return [item for one in said for media in one.media for item in self._item(media, files)]
 
     def _item(self, media: Media, files: Mapping[str, bytes]) -> tuple[MediaItem, ...]:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, field_validator
 
 from baltoro.chat.messages import ToolCall
-from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.blocks import Begun, Blocks, Called, Delta, Ended
 from baltoro.rollout.gateway.chat import Chat
@@ -33,7 +32,7 @@ from baltoro.rollout.gateway.chat_request import (
     UserTurn,
     Wire,
 )
-from baltoro.rollout.gateway.dialect import event
+from baltoro.rollout.gateway.dialect import Spell, event
 from baltoro.rollout.gateway.errors import ApiError, validated
 
 
@@ -195,7 +194,7 @@ class Responses:
             thinking=Thinking(type="disabled" if off else "enabled"),
         )
 
-    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], tokenizer: Tokenizer) -> dict[str, Any]:
+    def whole(self, request: ChatRequest, job: Job, choices: Sequence[Choice], spell: Spell) -> dict[str, Any]:
         choice = choices[0]
         said = choice.message
         output: list[dict[str, Any]] = []
@@ -206,7 +205,7 @@ class Responses:
         output += [_call(call) for call in said.tool_calls]
         return _response(request, job, output, choice)
 
-    def stream(self, request: ChatRequest, job: Job, tokenizer: Tokenizer) -> "ResponsesStream":
+    def stream(self, request: ChatRequest, job: Job, spell: Spell) -> "ResponsesStream":
         return ResponsesStream(request, job)
 
     def error(self, error: ApiError) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 of their files, whatever dialect they came in."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
+
+import orjson
 
 from baltoro.chat.decode import decode_image
 from baltoro.chat.messages import Image, Message, Part, Role, ToolCall, ToolSpec, Video
@@ -132,12 +133,12 @@ def _joined(content: Sequence[str | Media]) -> Sequence[str | Media]:
 def _arguments(text: str) -> object:
     """Arguments that are no JSON object come back as the empty one from clients that have no other form for them."""
     try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
+        arguments = orjson.loads(text)
+    except ValueError:
         arguments = None
     return cast(object, arguments) if isinstance(arguments, dict) else {}
 
 
 def _digest(value: object) -> bytes:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
+    text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(text, digest_size=16).digest()

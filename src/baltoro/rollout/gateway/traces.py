@@ -1,6 +1,7 @@
 """A session as traces: what the trainer reads of a black-box agent is what it reads of a white-box one."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from baltoro.agent.trace import Trace, Turn
 from baltoro.chat.messages import Message
@@ -10,10 +11,12 @@ from baltoro.rollout.gateway.said import Said, to_messages
 
 
 def session_traces(
-    session: Session, rendering: Rendering, files: Mapping[str, bytes], *, role: str, trainable: bool
+    session: Session, rendering: Rendering | None, files: Mapping[str, bytes], *, role: str, trainable: bool
 ) -> tuple[Trace, ...]:
     """One trace for each end of the graph, in the order of their last calls. Each answer is trained once: where traces
-    share a beginning, its answers are targets in the first of them alone."""
+    share a beginning, its answers are targets in the first of them alone.
+
+    Raises ValueError for pictures whose model is not known here (`rendering` is None)."""
     begin = session.calls[0].started if session.calls else 0.0
     trained: set[int] = set()
     traces: list[Trace] = []
@@ -27,13 +30,17 @@ def session_traces(
 def _trace(
     chain: Sequence[Call],
     trained: set[int],
-    rendering: Rendering,
+    rendering: Rendering | None,
     files: Mapping[str, bytes],
     role: str,
     trainable: bool,
     begin: float,
 ) -> Trace:
-    tokens, media = rendering.recorded(chain, files)
+    tokens = [token for call in chain for ids in (call.prompt.ids, call.ids) for token in ids]
+    shown = [one for call in chain for one in call.prompt.said]
+    if rendering is None and any(one.media for one in shown):
+        raise ValueError("the session has pictures; give the gateway the tokenizer and the media of its model")
+    media = rendering.items(shown, files) if rendering else []
     mask: list[int] = []
     logprobs: list[float] = []
     messages: list[Message] = []
@@ -82,3 +89,29 @@ def _trace(
 
 def _results(following: Sequence[Said], files: Mapping[str, bytes]) -> tuple[Message, ...]:
     return tuple(to_messages([said for said in following if said.role == "tool"], files))
+
+
+def session_json(session: Session) -> dict[str, Any]:
+    """For programs that read a session over HTTP: every call with what it adds to its parent."""
+    return {
+        "session": session.id,
+        "calls": [
+            {
+                "number": call.number,
+                "parent": call.prompt.parent,
+                "same_prompt_as": None if call.prompt.first == call.number else call.prompt.first,
+                "broke": call.broke,
+                "dialect": call.dialect,
+                "said": [one.to_json() for one in call.prompt.said] if call.prompt.first == call.number else None,
+                "prompt_ids_added": call.prompt.ids.tolist() if call.prompt.first == call.number else None,
+                "answer": call.answer.to_json(),
+                "completion_ids": call.ids.tolist(),
+                "logprobs": call.logprobs.tolist(),
+                "weight_versions": call.versions.tolist(),
+                "finish_reason": call.finish,
+                "started": call.started,
+                "ended": call.ended,
+            }
+            for call in session.calls
+        ],
+    }

@@ -1,0 +1,164 @@
+"""Answers from a chat endpoint that tells its token ids (vLLM's return_token_ids): requests pass through, and what the
+upstream says it read and drew is recorded."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+
+from baltoro.agent.engine import Sampled
+from baltoro.chat.messages import TokenSequence
+from baltoro.chat.parse import ArgumentsDelta, CallBegun, CallEnded, ContentDelta, Event, ReasoningDelta
+from baltoro.rollout.gateway.answer import FinishReason, Job, Step
+from baltoro.rollout.gateway.errors import ApiError
+from baltoro.rollout.gateway.rendering import Rendering
+from baltoro.rollout.gateway.upstream import Ask
+
+
+class Relay:
+    """`url`: with its /v1. Nothing else is ever asked: redirects are not followed. `run` must be entered."""
+
+    def __init__(self, url: str, key: str, max_len: int, rendering: Rendering | None = None) -> None:
+        self.rendering = rendering
+        self.max_len = max_len
+        self._url = url.rstrip("/") + "/chat/completions"
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._spelled: dict[int, bytes] = {}
+
+    @asynccontextmanager
+    async def run(self) -> AsyncGenerator[None]:
+        # aiohttp's own limit is 100 connections, and the rest would wait unseen.
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._http:
+            yield
+
+    def prepare(self, ask: Ask) -> Job:
+        """The prompt's ids are filled in when the upstream has told them."""
+        if ask.request.n > 1:
+            raise ApiError(400, "only one completion at once passes through", param="n")
+        return Job(ask.request.model, TokenSequence(), (), ask.setting.tools, ask.request.thinks, (), "any")
+
+    def spell(self, token: int) -> bytes:
+        return self._spelled[token]
+
+    async def speak(self, ask: Ask, job: Job, index: int) -> AsyncGenerator[Step]:
+        body = {**ask.body, "return_token_ids": True, "logprobs": True}
+        async with self._http.post(
+            self._url, data=orjson.dumps(body), headers=self._headers, allow_redirects=False
+        ) as response:
+            if response.status != 200:
+                raise await _refused(response)
+            if ask.request.stream:
+                reader = _Reader(job)
+                async for chunk in _events(response.content):
+                    if (step := reader.read(chunk)) is not None:
+                        yield self._spelt(ask, chunk["choices"][0], step)
+                yield reader.end()
+            else:
+                whole = orjson.loads(await response.read())
+                job.prompt.ids.extend(_ids(whole, "prompt_token_ids"))
+                choice = whole["choices"][0]
+                yield self._spelt(ask, choice, Step(_sampled(choice, whole), tuple(_said(choice["message"]))))
+                yield Step((), (), _finish(choice["finish_reason"]))
+
+    def _spelt(self, ask: Ask, choice: Mapping[str, Any], step: Step) -> Step:
+        if ask.request.logprobs:
+            for sampled, entry in zip(step.sampled, choice["logprobs"]["content"], strict=True):
+                known = entry.get("bytes")
+                self._spelled[sampled.token] = entry["token"].encode() if known is None else bytes(known)
+        return step
+
+
+class _Reader:
+    """Chunks of a stream to steps."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._called = -1
+        self._finish: FinishReason = "stop"
+
+    def read(self, chunk: Mapping[str, Any]) -> Step | None:
+        if chunk.get("prompt_token_ids"):
+            self._job.prompt.ids.extend(chunk["prompt_token_ids"])
+        if not chunk["choices"]:
+            return None
+        choice = chunk["choices"][0]
+        if choice.get("finish_reason"):
+            self._finish = _finish(choice["finish_reason"])
+        events = list(_said({**choice["delta"], "tool_calls": None}))
+        for call in choice["delta"].get("tool_calls") or ():
+            if call["index"] != self._called:
+                events += self._end_call()
+                self._called = call["index"]
+                events.append(CallBegun(call["id"], call["function"]["name"]))
+            events.append(ArgumentsDelta(call["function"].get("arguments") or ""))
+        sampled = _sampled(choice, chunk) if choice.get("token_ids") else ()
+        return Step(sampled, tuple(events)) if sampled or events else None
+
+    def end(self) -> Step:
+        return Step((), tuple(self._end_call()), self._finish)
+
+    def _end_call(self) -> list[Event]:
+        return [CallEnded()] if self._called >= 0 else []
+
+
+def _said(message: Mapping[str, Any]) -> list[Event]:
+    events: list[Event] = []
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if reasoning:
+        events.append(ReasoningDelta(reasoning))
+    if message.get("content"):
+        events.append(ContentDelta(message["content"]))
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        events += [CallBegun(call["id"], function["name"]), ArgumentsDelta(function["arguments"]), CallEnded()]
+    return events
+
+
+def _sampled(choice: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Sampled, ...]:
+    version = int(whole.get("weight_version") or 0)
+    entries = choice["logprobs"]["content"]
+    return tuple(
+        Sampled(token, entry["logprob"], version)
+        for token, entry in zip(_ids(choice, "token_ids"), entries, strict=True)
+    )
+
+
+def _ids(holder: Mapping[str, Any], name: str) -> Sequence[int]:
+    ids = holder.get(name)
+    if ids is None:
+        raise ApiError(502, f"the upstream tells no {name}; it must know return_token_ids, as vLLM does", code="no_ids")
+    return ids
+
+
+def _finish(reason: str) -> FinishReason:
+    reasons: dict[str, FinishReason] = {"length": "length", "tool_calls": "tool_calls"}
+    return reasons.get(reason, "stop")
+
+
+async def _refused(response: aiohttp.ClientResponse) -> ApiError:
+    """4xx are the client's mistakes, told in the upstream's words; whatever else is the upstream's fault."""
+    text = (await response.content.read(10_000)).decode("utf-8", "replace")
+    if response.status == 429:
+        after = response.headers.get("Retry-After", "1")
+        return ApiError(429, "the upstream is overloaded", retry_after_s=int(after) if after.isdecimal() else 1)
+    if 400 <= response.status < 500 and response.status not in (401, 403):
+        return ApiError(response.status, text)
+    return ApiError(502, f"the upstream answered {response.status}", code="upstream_failed")
+
+
+async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """The bodies of server-sent events up to [DONE]. Raises ConnectionError for a stream that ends without it."""
+    rest = b""
+    async for data in stream.iter_any():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                body = line[5:].strip()
+                if body == b"[DONE]":
+                    return
+                yield orjson.loads(body)
+    raise ConnectionError("the upstream's stream was cut off")

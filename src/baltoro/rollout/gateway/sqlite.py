@@ -1,0 +1,188 @@
+"""Recorded calls in an SQLite file. One thread writes: what has come in while it wrote goes into its next transaction,
+so a thousand calls cost a few commits, none of them on the event loop.
+
+A call that was saved survives the death of the process (kill -9); the loss of power may take the last moments, for
+the write-ahead log is not synchronised to the disk at every commit.
+"""
+
+import asyncio
+import json
+import queue
+import sqlite3
+import threading
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+from baltoro.chat.messages import ToolSpec
+from baltoro.rollout.gateway.graph import Call, Prompt, Session
+from baltoro.rollout.gateway.said import Said, Setting
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS calls (
+  session TEXT, number INTEGER, first INTEGER, parent INTEGER, key BLOB, said TEXT, added BLOB, setting TEXT,
+  ids BLOB, logprobs BLOB, versions BLOB, answer TEXT, finish TEXT, broke TEXT, dialect TEXT, started REAL, ended REAL,
+  PRIMARY KEY (session, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS media (hash TEXT PRIMARY KEY, file BLOB);
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    calls: list[tuple[Any, ...]]
+    media: list[tuple[str, bytes]]
+    saved: "asyncio.Future[None]"
+
+
+class SqliteStore:
+    """A context: leaving it writes what is left and closes the file. One process may write to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._known: set[str] = set()
+
+    def __enter__(self) -> Self:
+        with self._connect() as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.executescript(_TABLES)
+            self._known = {row[0] for row in connection.execute("SELECT hash FROM media")}
+        connection.close()
+        self._writer = threading.Thread(target=self._write, name="gateway store")
+        self._writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._writer.join()
+
+    async def save(self, session: str, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
+        """Raises sqlite3.Error where the disk does not take it."""
+        saved = asyncio.get_running_loop().create_future()
+        media = [(name, file) for name, file in files.items() if name not in self._known]
+        self._queue.put(_Batch([_row(session, call) for call in calls], media, saved))
+        await saved
+
+    def load(self, session: str) -> Session | None:
+        connection = self._connect()
+        try:
+            rows = connection.execute("SELECT * FROM calls WHERE session = ? ORDER BY number", (session,)).fetchall()
+        finally:
+            connection.close()
+        if not rows:
+            return None
+        found = Session(session)
+        for row in rows:
+            found.restore(_call(row, found))
+        return found
+
+    def files(self, session: Session) -> Mapping[str, bytes]:
+        names = {media.hash for call in session.calls for one in call.prompt.said for media in one.media}
+        connection = self._connect()
+        try:
+            rows = [connection.execute("SELECT hash, file FROM media WHERE hash = ?", (name,)) for name in names]
+            return dict(row.fetchone() for row in rows)
+        finally:
+            connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=60)
+
+    def _write(self) -> None:
+        connection = self._connect()
+        connection.execute("PRAGMA synchronous=NORMAL")
+        while (first := self._queue.get()) is not None:
+            batches = [first]
+            end = False
+            while not self._queue.empty():
+                more = self._queue.get()
+                if more is None:
+                    end = True
+                    break
+                batches.append(more)
+            error = self._commit(connection, batches)
+            _tell(batches, error)
+            if end:
+                break
+        connection.close()
+
+    def _commit(self, connection: sqlite3.Connection, batches: Sequence[_Batch]) -> sqlite3.Error | None:
+        media = [one for batch in batches for one in batch.media]
+        try:
+            with connection:
+                connection.executemany("INSERT OR IGNORE INTO media VALUES (?, ?)", media)
+                marks = ", ".join("?" * 17)
+                rows = (row for batch in batches for row in batch.calls)
+                connection.executemany(f"INSERT INTO calls VALUES ({marks})", rows)
+        except sqlite3.Error as error:
+            return error
+        self._known.update(name for name, _ in media)
+        return None
+
+
+def _tell(batches: Sequence[_Batch], error: sqlite3.Error | None) -> None:
+    """Wakes all who wait, with one call for each event loop."""
+
+    def wake(waiting: Sequence["asyncio.Future[None]"]) -> None:
+        for saved in waiting:
+            if saved.cancelled():
+                continue
+            if error is None:
+                saved.set_result(None)
+            else:
+                saved.set_exception(error)
+
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for batch in batches:
+        loops.setdefault(batch.saved.get_loop(), []).append(batch.saved)
+    for loop, waiting in loops.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(wake, waiting)
+
+
+def _row(session: str, call: Call) -> tuple[Any, ...]:
+    """What a prompt adds stands with the first call that asked it alone, and the tools with the beginning alone."""
+    prompt = call.prompt
+    first = prompt.first == call.number
+    said = json.dumps([one.to_json() for one in prompt.said]) if first else None
+    setting = None
+    if first and prompt.parent is None:
+        setting = json.dumps([call.setting.thinking, call.setting.tools_json()])
+    return (
+        session,
+        call.number,
+        prompt.first,
+        prompt.parent,
+        prompt.key,
+        said,
+        prompt.ids.tobytes() if first else None,
+        setting,
+        call.ids.tobytes(),
+        call.logprobs.tobytes(),
+        call.versions.tobytes(),
+        json.dumps(call.answer.to_json()),
+        call.finish,
+        call.broke,
+        call.dialect,
+        call.started,
+        call.ended,
+    )
+
+
+def _call(row: Sequence[Any], found: Session) -> Call:
+    number, parent = cast(int, row[1]), cast(int | None, row[3])
+    first = cast(int, row[2])
+    key, said, added, setting, ids, logprobs, versions, answer, *rest = row[4:]
+    if first == number:
+        prompt = Prompt(key, parent, number, tuple(Said.from_json(one) for one in json.loads(said)), array("i", added))
+    else:
+        prompt = found.calls[first].prompt
+    if setting is not None:
+        thinking, tools = json.loads(setting)
+        set_up = Setting(tuple(ToolSpec(*tool) for tool in tools), thinking)
+    else:
+        set_up = found.calls[first if parent is None else parent].setting
+    drawn = array("i", ids), array("d", logprobs), array("i", versions)
+    return Call(number, prompt, set_up, *drawn, Said.from_json(json.loads(answer)), *rest)
