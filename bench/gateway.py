@@ -4,8 +4,8 @@ Lightning and LiteLLM (which records none), before one constant upstream.
 All pass chat completions through to the same mock of vLLM's chat endpoint (return_token_ids, logprobs of 96 tokens),
 which answers at once: what is measured is the gateway. Every answer bears ids of its own; at the end of each round what
 was captured is compared with them, call by call. The load generator speaks HTTP on bare asyncio; direct, without a
-gateway, it shows its own limit. Gateways take turns, round by round; the median round counts. Ours runs with both of its
-stores; "durable" acknowledges only what survives kill -9, which no peer offers at its default.
+gateway, it shows its own limit. Gateways take turns, round by round; the median round counts. Ours runs with both
+of its stores; "durable" acknowledges only what survives kill -9, which no peer offers at its default.
 
     python bench/gateway.py [seconds for each measurement] [rounds]
 """

@@ -41,8 +41,8 @@ from baltoro.report.run_folder import RunFolder, commit
 from baltoro.rl.black_box import Program, program
 from baltoro.rl.shaping import ParlShaping
 from baltoro.rl.trainer import IterationReport, Opened, RLConfig, Tasks, Weights, run_rl
-from baltoro.rollout import env as environment
 from baltoro.rollout.env import Agent, Env
+from baltoro.rollout.env import World as EnvWorld
 from baltoro.rollout.judge import Policy, Task
 from baltoro.rollout.questions import questions
 from baltoro.rollout.record import write_episodes
@@ -107,7 +107,7 @@ class CaptionerConfig:
 class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
     bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
-    a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are done by a
+    a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are made by a
     program of its own, through the gateway."""
 
     folder: Path
@@ -134,7 +134,6 @@ class RecipeConfig:
     corpus: Path | None = None
 
 
-_LOOK_UP_TURNS = 8
 _LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
     "projector": "only the projector learns, to fit the tower to the language model",
@@ -292,30 +291,32 @@ class Run:
         return LocalEngine(models, self.tokenizer, slots=agents.slots, max_len=agents.rules.max_context_tokens)
 
     def joint_rl(self) -> None:
-        """Outcome rewards on pictures and on look-ups together (2.3). With `black_box` the look-ups are done by
-        `swarm.client` behind the gateway."""
-        rules = self.config.agents.rules
-        engine = self.engine({"policy": self.model})
-        look_up = wide_env("single", _LOOK_UP_TURNS, rules, (1, 2))
+        """Outcome rewards on pictures and on look-ups together (2.3); with `black_box` the look-ups are made by
+        `swarm.client`, behind the gateway."""
+        agents = self.config.agents
+        look_up = wide_env("single", 8, agents.rules, (1, 2))
         pictures = questions("train")
+
+        engine = self.engine({"policy": self.model})
+
+        def tasks(seed: int) -> tuple[Env, Task]:
+            env = look_up if random.Random(seed).random() < 0.25 else pictures
+            return env, env.sample(seed)
 
         @contextlib.asynccontextmanager
         async def opened() -> AsyncGenerator[Tasks]:
-            async with contextlib.AsyncExitStack() as stack:
-                env = look_up
-                if self.config.black_box:
-                    command = (sys.executable, "-m", "baltoro.swarm.client")
-                    media, longest = self.config.media, rules.max_context_tokens
-                    running = await stack.enter_async_context(
-                        program(command, engine, self.tokenizer, media, "policy", longest)
-                    )
-                    env = dataclasses.replace(look_up, agent=_behind(running))
-
-                def tasks(seed: int) -> tuple[Env, Task]:
-                    chosen = env if random.Random(seed).random() < 0.25 else pictures
-                    return chosen, chosen.sample(seed)
-
+            if not self.config.black_box:
                 yield tasks
+                return
+            command = (sys.executable, "-m", "baltoro.swarm.client")
+            context = agents.rules.max_context_tokens
+            async with program(command, engine, self.tokenizer, self.config.media, "policy", context) as running:
+
+                def outside(seed: int) -> tuple[Env, Task]:
+                    env, task = tasks(seed)
+                    return (dataclasses.replace(env, agent=_client(running, task)) if env is look_up else env), task
+
+                yield outside
 
         def record(report: IterationReport) -> dict[str, float]:
             return {
@@ -485,17 +486,19 @@ class Run:
             folder.write_json(f"{mode}.json", episode(final.jobs[0], result.traces[0]))
 
 
-def _behind(running: Program) -> Agent:
-    """Look-ups by `swarm.client`: the program's answer is what is judged."""
-    from baltoro.swarm import client  # for the sake of those who have no openai installed
+def _client(running: Program, task: Task) -> Agent:
+    """`swarm.client` as the agent of a look-up."""
+    from baltoro.swarm.client import Job  # brings openai, which only black boxes need
 
-    async def agent(engine: Engine, policy: Policy, task: Task, world: environment.World, limits: Limits) -> Trace:
-        seed = policy.sampling.seed
-        question = "".join(part for part in world.prompt if isinstance(part, str))
+    async def agent(engine: Engine, policy: Policy, world: EnvWorld, limits: Limits) -> Trace:
+        (question,) = world.prompt
+        assert isinstance(question, str)
         assert limits.critical_steps
-        turns, tokens = limits.critical_steps, limits.max_turn_tokens
-        job = client.Job(policy.role, task["world"], task["split"], question, seed, turns, tokens)
-        answer, trace = await running.solve(f"{seed}", dataclasses.asdict(job))
+        seed = policy.sampling.seed
+        job = Job(
+            policy.role, task["world"], task["split"], question, seed, limits.critical_steps, limits.max_turn_tokens
+        )
+        answer, trace = await running.solve(str(seed), dataclasses.asdict(job))
         return dataclasses.replace(trace, final_text=answer)
 
     return agent

@@ -1,4 +1,4 @@
-"""An ordinary `openai` program in a process of its own, behind the gateway, against the white-box loop on equal tasks."""
+"""An ordinary `openai` program in a process of its own, behind the gateway, against the white-box loop."""
 
 import asyncio
 import dataclasses
@@ -22,7 +22,7 @@ from baltoro.world.entities import World
 from baltoro.world.tasks import WideSearch, wide_search
 
 T = Tokenizer({bytes([b]): b for b in range(256)})
-MEDIA = MediaSpec(8, 2, 256, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 4, 4.0)
+MEDIA = MediaSpec(8, 2, 256, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 4)
 RULES = WideRules(max_context_tokens=3000, max_turn_tokens=400)
 TURNS = 5
 CLIENT = (sys.executable, "-m", "baltoro.swarm.client")

@@ -52,7 +52,7 @@ def _trace(role: str, prompt: list[int], done: Completion, trainable: bool, *chi
     )
 
 
-async def _agent(engine: Engine, policy: Policy, task: Task, world: World, limits: Limits) -> Trace:
+async def _agent(engine: Engine, policy: Policy, world: World, limits: Limits) -> Trace:
     """Four tokens after one of three prompts, and a frozen child, whose tokens the policy could not have sampled."""
     prompt = [int(world.system), 7]
     done = await engine.generate(TokenSequence(prompt), replace(policy.sampling, max_tokens=4), policy.role)

@@ -355,7 +355,6 @@ async def test_the_single_agent_has_the_tools_without_the_swarm(swarm: Swarm) ->
     trace = await alone(
         ScriptedEngine(swarm.tokenizer, script),
         Policy(swarm.tokenizer, swarm.media_spec, Sampling(1)),
-        {},
         World(("the price of item5",), [swarm.search]),
         Limits(5, 4000, 400),
     )

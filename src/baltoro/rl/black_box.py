@@ -15,8 +15,10 @@ from baltoro.agent.trace import Trace
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.api import Api, ApiConfig
+from baltoro.rollout.gateway.engine import EngineUpstream
 
-_MAX_BODY = 64 * 2**20
+# The program is ours: its own concurrency is the limit.
+_MAX_CHOICES, _MAX_BODY = 2**20, 2**26
 
 
 class Program:
@@ -71,7 +73,8 @@ async def program(
 ) -> AsyncGenerator[Program]:
     """Runs `command` with a gateway of its own around the running engine; ends both with the block."""
     key = secrets.token_urlsafe()
-    api = Api(engine, tokenizer, media, ApiConfig(role, max_len, 2**20, _MAX_BODY, key))
+    config = ApiConfig(role, max_choices=_MAX_CHOICES, max_body=_MAX_BODY, api_keys=(key,))
+    api = Api(EngineUpstream(engine, tokenizer, media, max_len), config)
     runner = api.runner()
     await runner.setup()
     try:

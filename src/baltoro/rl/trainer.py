@@ -30,7 +30,7 @@ Tasks = Callable[[int], tuple[Env, Task]]
 """Task seed to an environment and a task of it."""
 
 Opened = Callable[[], AbstractAsyncContextManager[Tasks]]
-"""Opens what the environments of one iteration need beside the running engine."""
+"""Opens what the tasks of one iteration need beside the running engine."""
 
 Weights = Callable[[int], Mapping[str, float]]
 """Iteration to the weights of the signals."""

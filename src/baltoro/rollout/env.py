@@ -40,11 +40,11 @@ class World:
 Open = Callable[[Task, int], AbstractAsyncContextManager[World]]
 """(task, seed) to a fresh world. What is acquired is given back on leaving, whatever happened in between."""
 
-Agent = Callable[[Engine, Policy, Task, World, Limits], Awaitable[Trace]]
+Agent = Callable[[Engine, Policy, World, Limits], Awaitable[Trace]]
 """How agents work in a world: alone, as a swarm, or as a program of their own behind the gateway."""
 
 
-async def alone(engine: Engine, policy: Policy, task: Task, world: World, limits: Limits) -> Trace:
+async def alone(engine: Engine, policy: Policy, world: World, limits: Limits) -> Trace:
     return await run_agent(
         engine,
         policy.tokenizer,
@@ -77,7 +77,7 @@ class Env:
         """One judged episode. `engine` is the manager's Episode, or any other."""
         policy = replace(policy, sampling=replace(policy.sampling, seed=seed))
         async with self.open(task, seed) as world:
-            trace = await self.agent(engine, policy, task, world, self.limits)
+            trace = await self.agent(engine, policy, world, self.limits)
             trace = trace.with_signals(**world.facts())
         return await self.judge.judge(task, trace, Bench(engine, seed))
 

@@ -99,7 +99,7 @@ def _perf(task: Task, trace: Trace) -> float:
 
 
 def _swarm(rules: WideRules) -> Agent:
-    async def swarm(engine: Engine, policy: Policy, task: Task, world: World, limits: Limits) -> Trace:
+    async def swarm(engine: Engine, policy: Policy, world: World, limits: Limits) -> Trace:
         return await run_swarm(
             engine,
             policy.tokenizer,
