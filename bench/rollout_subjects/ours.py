@@ -18,6 +18,8 @@ from baltoro.rollout.manager import Episode, ManagerConfig, Rollout, RolloutMana
 
 HALF = (0.5, 0.5, 0.5)
 SPEC = MediaSpec(patch_size=4, merge=2, patch_limit=64, side_limit=16, mean=HALF, std=HALF, frames_per_chunk=4)
+# As many as an engine takes at once; one that answers at once is kept busy by few.
+CALLS = 128
 LIMITS = Limits(max_turns=TURNS + 2, max_context_tokens=8000, max_turn_tokens=400)
 
 
@@ -79,7 +81,7 @@ async def main(tasks: int, ranks: Path) -> None:
     engine = Turns(await completions(tokenizer))
     work = Work(tasks)
     tool = LookUp(work)
-    manager = RolloutManager(engine, ManagerConfig())
+    manager = RolloutManager(engine, ManagerConfig(calls=CALLS))
 
     def rollout(seed: int) -> Rollout:
         async def one(episode: Episode) -> Trace:

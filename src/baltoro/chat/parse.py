@@ -110,6 +110,7 @@ class CompletionParser:
         self._tokenizer = tokenizer
         self._read = self._reasoning if thinking else self._content
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._halved = False  # the decoder holds the first bytes of a character
         self._stray = ""  # the end of the content that is the stray word, or the beginning of it
         self._blank: list[str] = []  # white space behind the whole stray word
         # In the tool section: what stands since the last border, and how far it was understood as a call.
@@ -191,6 +192,8 @@ class CompletionParser:
 
     def _end_piece(self, closed: bool) -> list[Event]:
         """A border of the tool section, or the end of the turn."""
+        if not self._piece and not self._in_call:
+            return []
         rest = self._rest()
         piece, in_call, has_arguments, begun = self._piece, self._in_call, self._has_arguments, self._begun
         self._piece, self._in_call, self._has_arguments, self._begun = [], False, False, False
@@ -207,10 +210,21 @@ class CompletionParser:
         return [Malformed(f"a tool call was not closed: {quoted}")]
 
     def _decode(self, run: Sequence[int]) -> str:
-        return self._utf8.decode(self._tokenizer.decode_bytes(run))
+        data = self._tokenizer.decode_bytes(run)
+        if not self._halved:
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                pass
+        text = self._utf8.decode(data)
+        self._halved = bool(self._utf8.getstate()[0])
+        return text
 
     def _rest(self) -> str:
         """A character that was not completed, as U+FFFD."""
+        if not self._halved:
+            return ""
+        self._halved = False
         return self._utf8.decode(b"", final=True)
 
     def _sure(self, text: str) -> str:

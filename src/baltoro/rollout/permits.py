@@ -49,7 +49,14 @@ class Permits:
     async def acquire(self, role: str, episode: object) -> None:
         """Waits for a permit; cancelled, it leaves none behind."""
         waiter = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(role, OrderedDict()).setdefault(episode, []).append(waiter)
+        queue = self._queues.get(role)
+        if queue is None:
+            queue = self._queues[role] = OrderedDict()
+        waiters = queue.get(episode)
+        if waiters is None:
+            queue[episode] = [waiter]
+        else:
+            waiters.append(waiter)
         self.waiting[role] += 1
         try:
             await waiter
