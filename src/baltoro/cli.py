@@ -148,14 +148,15 @@ def _env_play(file: Path, settings: EnvSettings) -> int:
 
 def _trace(file: Path, words: Sequence[str]) -> int:
     settings = config.from_overrides(words[1:], TraceSettings)
-    return {"verify": _trace_verify}[words[0]](file, settings)
+    return {"verify": _trace_verify, "view": _trace_view, "perfetto": _trace_perfetto}[words[0]](file, settings)
 
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """`baltoro trace`. env: the file of the environment, to judge again."""
+    """`baltoro trace`. env: the file of the environment, to judge again. to: the file to write."""
 
     env: Path | None = None
+    to: Path | None = None
 
 
 def _trace_verify(file: Path, settings: TraceSettings) -> int:
@@ -186,6 +187,26 @@ def _gateway(file: Path, overrides: Sequence[str]) -> None:
     from baltoro.rollout.gateway.command import GatewayConfig, run_gateway
 
     run_gateway(file, config.from_overrides(overrides, GatewayConfig))
+
+
+def _trace_view(file: Path, settings: TraceSettings) -> int:
+    from baltoro.rollout.record import read_episodes
+    from baltoro.rollout.viewer import write_view
+
+    target = settings.to or file.with_suffix(".html")
+    write_view(read_episodes(file), target, file.name)
+    print(target)
+    return 0
+
+
+def _trace_perfetto(file: Path, settings: TraceSettings) -> int:
+    from baltoro.rollout.perfetto import write_perfetto
+    from baltoro.rollout.record import read_episodes
+
+    target = settings.to or file.with_suffix(".perfetto.json")
+    write_perfetto(read_episodes(file).records, target)
+    print(f"{target}; open it in https://ui.perfetto.dev or chrome://tracing")
+    return 0
 
 
 COMMANDS = {
@@ -240,15 +261,18 @@ COMMANDS = {
         file=("FILE", "the environment's Python file"),
     ),
     "trace": Command(
-        "verify recorded episodes",
+        "verify or show recorded episodes",
         "verify FILE: recomputes what training relies on, and prints one line for everything that is wrong: turns\n"
         "that do not extend the tokens before them, masks and log-probabilities that do not fit, media tokens against\n"
         "grids and pixels, control tokens within text, rewards, draws that are trained on twice; then, by role, what\n"
         "evidence is missing. env=FILE judges the episodes again. Exit status 1 if anything is wrong.\n"
+        "view FILE: writes one HTML file beside it, or where to= says, that shows groups, episodes and agents token\n"
+        "by token, coloured by loss mask, log-probability, advantage or mismatch. It needs no network.\n"
+        "perfetto FILE: writes when which agent did what, for ui.perfetto.dev, beside it or where to= says.\n"
         "FILE is a .jsonl file that a run wrote, with the folder of the same name beside it.",
         "baltoro trace verify runs/nano/episodes/rl.jsonl",
         _trace,
-        subjects=("verify",),
+        subjects=("verify", "view", "perfetto"),
         file=("FILE", "a file of episodes"),
     ),
     "serve": Command(

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from baltoro.agent.engine import Completion, Engine, Sampling
@@ -131,6 +132,11 @@ def test_episodes_whose_judge_failed_are_no_samples(tmp_path: Path) -> None:
     assert odd
     assert even
     assert all(record.reward is record.advantage is None for record in odd)
+    assert all(record.policy_logprobs == ((), ()) for record in odd)  # the child is never trained
+    for record in even:
+        policy, child = record.policy_logprobs
+        assert policy == pytest.approx(record.trace.logprobs, abs=1e-4)
+        assert child == ()
     assert report.update.tokens == 4 * len(even)
     for group in {record.group for record in even}:
         members = [record for record in even if record.group == group]

@@ -218,11 +218,15 @@ def test_a_broken_prefix_trains_what_is_new_alone(record: Record, kinds: Callabl
         mask[span], logprobs[span] = [0] * len(mask[span]), [0.0] * len(mask[span])
     last = dataclasses.replace(again.turns[2], generated=99.0)
     again = damaged(again, loss_mask=tuple(mask), logprobs=tuple(logprobs), turns=(*again.turns[:2], last), broke="x")
-    assert kinds(dataclasses.replace(record, later=(again,))) == []
+
+    def beside(other: Trace) -> Record:
+        return dataclasses.replace(record, trace=turn_of(record.trace, 2, children=(other,)))
+
+    assert kinds(beside(again)) == []
     alone = kinds(dataclasses.replace(record, trace=again))
     assert [text.partition(":")[0] for text in alone] == ["masked", "masked"]
     whole = damaged(record.trace, turns=(*record.trace.turns[:2], last), broke="x")
-    twice = kinds(dataclasses.replace(record, later=(whole,)))
+    twice = kinds(beside(whole))
     assert [text.partition(",")[0] + text.rpartition(",")[2] for text in twice] == [
         "duplicate: g seed 7 turn 0",
         "duplicate: g seed 7 turn 1",

@@ -132,3 +132,12 @@ def _item(frames: list[NDArray[np.uint8]], spec: MediaSpec) -> MediaItem:
     values -= np.array(spec.mean, np.float32)[:, None, None]
     values /= np.array(spec.std, np.float32)[:, None, None]
     return MediaItem(values.reshape(-1, 3, p, p), (len(frames), h, w))
+
+
+def pixels_of(item: MediaItem, spec: MediaSpec) -> NDArray[np.uint8]:
+    """What the vision tower sees of an item, padding included: uint8 RGB [frames, height, width, 3]."""
+    t, h, w = item.grid_thw
+    p = spec.patch_size
+    values = item.patches.reshape(t, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(t, h * p, w * p, 3)
+    values = (values * np.array(spec.std, np.float32) + np.array(spec.mean, np.float32)) * np.float32(255)
+    return values.round().clip(0, 255).astype(np.uint8)

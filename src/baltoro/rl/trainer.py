@@ -93,6 +93,7 @@ class IterationReport:
     @property
     def records(self) -> list[Record]:
         """As they were trained on."""
+        recomputed = iter(self.update.policy_logprobs)
         return [
             Record(
                 group.env.name,
@@ -104,6 +105,7 @@ class IterationReport:
                 dict(self.weights),
                 reward,
                 advantage,
+                tuple(_aligned(t, next(recomputed)) if _trained(t, advantage) else () for t in _tree(trace)),
             )
             for number, group in enumerate(self.groups)
             for seed, (trace, reward, advantage) in zip(group.seeds, _judged(group, self.weights), strict=True)
@@ -191,8 +193,18 @@ def _samples(group: Group, weights: Mapping[str, float]) -> list[Sample]:
         for trace, _, advantage in _judged(group, weights)
         if advantage is not None
         for t in _tree(trace)
-        if t.trainable and sum(t.loss_mask)
+        if _trained(t, advantage)
     ]
+
+
+def _trained(trace: Trace, advantage: float | None) -> bool:
+    return trace.trainable and advantage is not None and any(trace.loss_mask)
+
+
+def _aligned(trace: Trace, logprobs: list[float]) -> tuple[float, ...]:
+    """Of the marked tokens, put where they stand; 0 elsewhere."""
+    left = iter(logprobs)
+    return tuple(next(left) if mask else 0.0 for mask in trace.loss_mask)
 
 
 def _tree(trace: Trace) -> list[Trace]:

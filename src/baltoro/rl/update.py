@@ -26,11 +26,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class UpdateReport:
+    """policy_logprobs: of the marked tokens of each sample, before the step."""
+
     loss: float
     grad_norm: float
     outside: float
     mismatch: float
     tokens: int
+    policy_logprobs: list[list[float]]
 
 
 def update(
@@ -48,6 +51,7 @@ def update(
     model.train()
     total = sum(sum(s.sequence.loss_mask) for s in samples)
     loss = outside = mismatch = 0.0
+    recomputed: dict[int, list[float]] = {}
     for micro in _micro_batches(samples, micro_tokens):
         batch = pack([s.sequence for s in micro], model.config.vision.patch_size)
         hidden = model(batch.batch).index_select(0, batch.sources)
@@ -58,13 +62,16 @@ def update(
         engine, advantages = torch.tensor(marked).unbind(1)
         result = policy_loss(logprobs, engine, advantages, total, config)
         result.loss.backward()
+        parts = logprobs.detach().split([sum(s.sequence.loss_mask) for s in micro])
+        recomputed |= {id(s): part.tolist() for s, part in zip(micro, parts, strict=True)}
         weight = len(marked) / total
         loss += result.loss.item()
         outside += result.outside * weight
         mismatch += result.mismatch * weight
     norm = optimizer.step(lr)
     after_step(model, balance_rate=0.0)
-    return UpdateReport(loss, norm, outside, mismatch, total)
+    policy_logprobs = [recomputed[id(sample)] for sample in samples]
+    return UpdateReport(loss, norm, outside, mismatch, total, policy_logprobs)
 
 
 def _micro_batches(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:

@@ -41,7 +41,7 @@ Open = Callable[[Task, int], AbstractAsyncContextManager[World]]
 """(task, seed) to a fresh world. What is acquired is given back on leaving, whatever happened in between."""
 
 Agent = Callable[[Engine, Policy, World, Limits], Awaitable[Trace]]
-"""How agents work in a world: alone, or as a swarm."""
+"""How agents work in a world: alone, as a swarm, or as a program of their own behind the gateway."""
 
 
 async def alone(engine: Engine, policy: Policy, world: World, limits: Limits) -> Trace:

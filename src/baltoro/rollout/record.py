@@ -27,8 +27,7 @@ class Record:
     """One episode. task: the row it was made from. group: the K episodes of one task share it. weights: of the signals
     that make the reward; a weight may belong to a signal that is missing, because its judge failed. reward: None where
     one is missing. advantage: as trained on. policy_logprobs: for each agent in the order of `agents`, aligned
-    with its tokens; empty where the trainer kept none. later: what followed where the prefix of a black-box agent broke
-    (`Trace.broke` says why); its judgement is on the first trace."""
+    with its tokens; empty where the trainer kept none."""
 
     env: str
     version: str
@@ -40,7 +39,6 @@ class Record:
     reward: float | None = None
     advantage: float | None = None
     policy_logprobs: tuple[tuple[float, ...], ...] = ()
-    later: tuple[Trace, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +50,15 @@ class Recording:
     records: list[Record]
 
 
-def agents(record: Record) -> Iterator[tuple[str, Trace]]:
-    """Every agent with its place: "0", "0.2" for the third child of the first, "1" for what followed a break."""
+def agents(trace: Trace) -> Iterator[tuple[str, Trace]]:
+    """The agent and all below it, each with its place: "0", "0.2" for the third child of the first, and so on."""
 
     def visit(trace: Trace, place: str) -> Iterator[tuple[str, Trace]]:
         yield place, trace
         for index, child in enumerate(trace.children):
             yield from visit(child, f"{place}.{index}")
 
-    for index, trace in enumerate((record.trace, *record.later)):
-        yield from visit(trace, f"{index}")
+    return visit(trace, "0")
 
 
 def write_episodes(path: Path, records: Iterable[Record], tokenizer: Tokenizer, media_spec: MediaSpec) -> None:
@@ -149,14 +146,12 @@ def _record_json(record: Record, blobs: Blobs) -> Json:
         "advantage": record.advantage,
         "policy_logprobs": record.policy_logprobs,
         "trace": _trace_json(record.trace, blobs),
-        "later": [_trace_json(trace, blobs) for trace in record.later],
     }
 
 
 def _record(value: Json, blobs: Blobs) -> Record:
     logprobs = tuple(tuple(agent) for agent in value["policy_logprobs"])
-    later = tuple(_trace(trace, blobs) for trace in value["later"])
-    fields: Json = {"policy_logprobs": logprobs, "trace": _trace(value["trace"], blobs), "later": later}
+    fields: Json = {"policy_logprobs": logprobs, "trace": _trace(value["trace"], blobs)}
     return Record(**{**value, **fields})
 
 

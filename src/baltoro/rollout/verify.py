@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,15 +46,16 @@ class Evidence:
 
 def verify(recording: Recording, rejudge: Rejudge | None = None) -> list[Finding]:
     """Everything wrong, in the order of the file; nothing is what a trainer wants to see."""
+    trained = {draw for record in recording.records for _, trace in agents(record.trace) for draw in _trained(trace)}
     seen: dict[bytes, str] = {}
     findings: list[Finding] = []
     for record in recording.records:
         episode = f"{record.group} seed {record.seed}"
-        for place, trace in agents(record):
+        for place, trace in agents(record.trace):
             where = f"{episode}, agent {place} ({trace.role})"
             for check in (_aligned, _extends, _logprobs):
                 findings += (Finding(check.__name__[1:], where, what) for what in check(trace))
-            findings += (Finding("masked", where, what) for what in _masked(trace, seen))
+            findings += (Finding("masked", where, what) for what in _masked(trace, trained))
             findings += (Finding("media", where, what) for what in _media(trace, recording))
             findings += (Finding("leak", where, what) for what in _leaks(trace, recording.tokenizer))
             if trace.trainable:
@@ -68,7 +69,7 @@ def evidence(records: Iterable[Record]) -> dict[str, Evidence]:
     """By role."""
     table: dict[str, Evidence] = {}
     for record in records:
-        for _, trace in agents(record):
+        for _, trace in agents(record.trace):
             row = table.setdefault(trace.role, Evidence())
             row.agents += 1
             row.trainable += trace.trainable
@@ -106,11 +107,11 @@ def _extends(trace: Trace) -> Iterator[str]:
         end = span.stop
 
 
-def _masked(trace: Trace, seen: Mapping[bytes, str]) -> Iterator[str]:
-    """1 exactly on what the model wrote; 0 on a whole turn that was trained on before, where a prefix broke."""
+def _masked(trace: Trace, trained: Set[bytes]) -> Iterator[str]:
+    """1 exactly on what the model wrote; 0 on a whole turn that is trained on elsewhere, where a prefix broke."""
     wanted = [0] * len(trace.tokens)
     for number, span in _spans(trace):
-        if any(trace.loss_mask[span]) or _draw(trace, number, span) not in seen:
+        if any(trace.loss_mask[span]) or _draw(trace, number, span) not in trained:
             wanted[span] = [1] * len(wanted[span])
     pairs = enumerate(zip(trace.loss_mask, wanted, strict=False))
     wrong = [(index, mask) for index, (mask, want) in pairs if mask != want]
@@ -215,6 +216,12 @@ def _duplicates(trace: Trace, where: str, seen: dict[bytes, str]) -> Iterator[st
         if draw in seen:
             yield f"turn {number} is trained on twice; it is also {seen[draw]}"
         seen.setdefault(draw, f"{where}, turn {number}")
+
+
+def _trained(trace: Trace) -> Iterator[bytes]:
+    for number, span in _spans(trace):
+        if any(trace.loss_mask[span]):
+            yield _draw(trace, number, span)
 
 
 def _draw(trace: Trace, number: int, span: slice) -> bytes:
