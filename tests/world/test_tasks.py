@@ -56,8 +56,8 @@ def test_the_prompt() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> None:
     task = wide_search(random.Random(seed), WORLDS[seed % len(WORLDS)], 8, 16)
-    assert not IMPLIED_WIDTH.search(task.prompt)
     first, *lines = task.prompt.split("\n")
+    assert not IMPLIED_WIDTH.search(first)  # behind it are names, which may be any words
     assert tuple(lines[1::2]) == task.names
     assert lines[::2] == [str(i + 1) for i in range(len(task.names))]
     assert first == f"Find name|{'|'.join(task.columns)}"

@@ -8,7 +8,7 @@ from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
-from baltoro.world.tasks import numbered, row
+from baltoro.world.tasks import numbered, row, template
 from baltoro.world.vision import VISION_TASKS, VisionExample
 
 _VISION = list(VISION_TASKS.values())
@@ -33,25 +33,36 @@ class Sources:
         return TokenSequence(ids, [], [1] * len(ids))
 
     def restated(self, rng: random.Random, world: World) -> TokenSequence:
-        """Facts and the same facts again in another order or form: a page and its lines shuffled, a table's rows in the
-        order of a numbered list, a numbered list and its copy. Only the second time is a target, for only then the text
-        is known."""
+        """Facts and the same facts again in another order or form: a page and its lines shuffled, a page and rows that
+        it fills in, a table's rows in the order of a numbered list, a numbered list and its copy. Only the second time
+        is a target, for only then the text is known."""
         kind = rng.choice(world.kinds)
         chosen = rng.sample(kind.entities, rng.randint(2, 16))
         form = rng.random()
-        if form < 0.2:
+        parts: list[tuple[list[str], list[str]]] = []
+        if form < 0.1:
             page = chosen[0].page.split("\n")
-            first, second = page, rng.sample(page[1:], len(page) - 1)
-        elif form < 0.9:
-            columns = tuple(rng.sample(kind.keys, rng.randint(1, 3)))
+            parts = [(page, rng.sample(page[1:], len(page) - 1))]
+        elif form < 0.5:
+            parts = [([chosen[0].page], [])]
+            for _ in range(6):
+                columns = rng.sample(kind.keys, rng.randint(2, len(kind.keys)))
+                blank = template(chosen[0].name, columns)
+                parts.append(([blank], [row(chosen[0].name, chosen[0].attributes, columns)]))
+        elif form < 0.95:
+            columns = rng.sample(kind.keys, rng.randint(1, 3))
             rows = [row(e.name, e.attributes, columns) for e in chosen]
-            first = [numbered(e.name for e in chosen), *rng.sample(rows, len(rows))]
-            second = [numbered(rows)]
+            parts = [([numbered(e.name for e in chosen), *rng.sample(rows, len(rows))], [numbered(rows)])]
         else:
-            first = second = [numbered(e.name for e in chosen)]
-        known, again = ("\n".join(lines) + "\n" for lines in (first, second))
-        before, after = self.tokenizer.encode(known), self.tokenizer.encode(again)
-        return TokenSequence(before + after, [], [0] * len(before) + [1] * len(after))
+            names = [numbered(e.name for e in chosen)]
+            parts = [(names, names)]
+        ids: list[int] = []
+        mask: list[int] = []
+        for lines, target in ((lines, target) for part in parts for target, lines in enumerate(part)):
+            new = self.tokenizer.encode("".join(line + "\n" for line in lines))
+            ids += new
+            mask += [target] * len(new)
+        return TokenSequence(ids, [], mask)
 
     def caption(self, rng: random.Random) -> TokenSequence:
         """Picture or clip -> its full description (alt text, boxes, lettering), with nothing around them: what the

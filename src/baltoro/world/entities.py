@@ -12,9 +12,12 @@ from baltoro.world.corpora import python_corpus, words
 from baltoro.world.document import Document
 from baltoro.world.names import ATTRIBUTES, COLOURS, WORDS, Split, package_name, person_name
 
-LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0", "Apache Software License", "BSD", "ISC", "MPL-2.0", "LGPL", "PSF-2.0")
+LICENSES = (
+    *("MIT", "BSD-3-Clause", "Apache-2.0", "BSD", "BSD-2-Clause", "ISC", "MPL-2.0", "LGPL", "PSF-2.0", "Unlicense"),
+    *("Apache Software License", "BSD 3-Clause License", "MIT License", "Apache 2.0", "GPLv3+", "Zlib", "CC0-1.0"),
+)
 PACKAGE_FIELDS = ("Version", "License", "Requires-Python")
-_PYTHONS = ("3", "3.6", "3.7", "3.8", "3.9", "3.10", "3.11", "3.8.1", "2.7")
+_PYTHONS = ("3", "3.6", "3.7", "3.8", "3.9", "3.10", "3.11", "3.12", "3.8.1", "3.9.0", "2.7")
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,25 @@ def _package(rng: random.Random, name: str) -> Entity:
         "Summary": python_corpus().passage(rng, 200).replace("\n", " ").strip()[:50].strip() or "A package",
         "Home-page": f"https://{rng.choice(vocabulary)}.{rng.choice(('org', 'com', 'io'))}/{rng.choice(vocabulary)}",
         "Author": f"{rng.choice(vocabulary).capitalize()} {rng.choice(vocabulary).capitalize()}",
-        "License": rng.choice(LICENSES),
-        "Requires-Python": f">={rng.choice(_PYTHONS)}",
+        "License": _license(rng),
+        "Requires-Python": _pythons(rng),
     }
     keys = [key for key in values if key in PACKAGE_FIELDS or rng.random() < 0.4]
     if rng.random() < 0.3:
         rng.shuffle(keys)
     return Entity(name, {key: values[key] for key in keys})
+
+
+def _license(rng: random.Random) -> str:
+    name = rng.choice(LICENSES)
+    return f"{name} {rng.choice(('AND', 'OR'))} {rng.choice(LICENSES)}" if rng.random() < 0.15 else name
+
+
+def _pythons(rng: random.Random) -> str:
+    lowest = f">={rng.choice(_PYTHONS)}"
+    if rng.random() < 0.8:
+        return lowest
+    others = (f"<{rng.randint(4, 5)}.0", f"!=3.{rng.randrange(12)}.*", f"!=3.{rng.randrange(12)}.{rng.randrange(8)}")
+    bounds = [lowest, rng.choice(others)]
+    rng.shuffle(bounds)
+    return rng.choice((",", ", ")).join(bounds)
