@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from baltoro.agent.engine import Completion, Engine, Sampling
-from baltoro.agent.trace import Trace, Turn
+from baltoro.agent.loop import derive_seed
+from baltoro.agent.trace import Trace, Turn, spread
 from baltoro.chat.messages import TokenSequence, assistant
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.config import NANO
@@ -29,7 +30,18 @@ def _model() -> KimiK25:
 
 
 def _trace(role: str, prompt: list[int], done: Completion, trainable: bool, *children: Trace) -> Trace:
-    turn = Turn(len(prompt), tuple(done.ids), tuple(done.logprobs), 0, assistant(), (), children, 0.0, 0.0, 0.0)
+    turn = Turn(
+        len(prompt),
+        tuple(done.ids),
+        tuple(done.logprobs),
+        done.weight_version,
+        assistant(),
+        (),
+        children,
+        0.0,
+        0.0,
+        0.0,
+    )
     return Trace(
         role=role,
         messages=(),
@@ -82,3 +94,51 @@ def test_reward_rises_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     assert [r.reward for r in first + second] == [r.reward for r in reports]
     wanted = straight.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_groups_ahead_are_cut_and_go_on_under_newer_weights(tmp_path: Path) -> None:
+    """Every third task takes many turns. All are trained on, once, whole, in whatever iteration; a run that stops and
+    is taken up in between goes on with what it had begun."""
+
+    async def rollout(engine: Engine, task_seed: int, episode_seed: int) -> Trace:
+        begun.append(task_seed)
+        ids = [task_seed % 100, 7]
+        turns: list[Turn] = []
+        for turn in range(8 if task_seed % 3 == 0 else 1):
+            sampling = Sampling(4, seed=derive_seed(episode_seed, turn))
+            done = await engine.generate(TokenSequence(list(ids)), sampling, "policy")
+            turns += _trace("policy", ids, done, True).turns
+            ids += done.ids
+        whole = _trace("policy", ids[:2], Completion(ids[2:], [0.0] * len(ids[2:]), "stop", 0), True)
+        return dataclasses.replace(whole, turns=tuple(turns), **_aligned(turns, len(ids)))
+
+    def run(iterations: int) -> None:
+        config = RLConfig(iterations, tasks=2, rollouts=3, lr=1e-2, objective=ObjectiveConfig(), ahead=2)
+        model = _model()
+        engine = LocalEngine({"policy": model}, TOKENIZER, slots=32, max_len=64)
+        run_rl("rl", model, "policy", engine, config, rollout, _reward, 5, tmp_path / "rl.safetensors", reports.append)
+
+    begun: list[int] = []
+    reports: list[IterationReport] = []
+    run(3)
+    run(6)
+    assert [report.iteration for report in reports] == [1, 2, 3, 4, 5, 6]
+    groups = [group for report in reports for group in report.groups]
+    tokens = [trace.tokens[0] for group in groups for trace, _ in group]
+    assert all(len({trace.tokens[0] for trace, _ in group}) == 1 for group in groups)
+    assert len(set(tokens)) * 3 == len(tokens) == 36
+    assert {len(trace.turns) for group in groups for trace, _ in group} == {1, 8}
+    versions = [[turn.weight_version for turn in trace.turns] for group in groups for trace, _ in group]
+    assert all(each == sorted(each) for each in versions)
+    assert any(len(set(each)) > 1 for each in versions)
+    ages = [report.update.mismatch_by_age for report in reports]
+    assert all(each.get(0, 0.0) < 1e-4 for each in ages)
+    assert 0 in ages[0]
+    assert max(gap for each in ages for age, gap in each.items() if age) > 1e-3
+
+
+def _aligned(turns: list[Turn], length: int) -> dict[str, tuple[float, ...]]:
+    return {
+        "loss_mask": spread(turns, length, lambda turn: [1] * len(turn.ids), 0),
+        "logprobs": spread(turns, length, lambda turn: turn.logprobs, 0.0),
+    }

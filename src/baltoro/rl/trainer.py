@@ -5,6 +5,7 @@ signals. PARL is this loop with an orchestrator's traces and `ParlShaping`.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from pathlib import Path
 
 from baltoro.agent.engine import Engine
 from baltoro.agent.loop import derive_seed
-from baltoro.agent.trace import Trace
+from baltoro.agent.trace import Trace, spread
 from baltoro.chat.messages import TokenSequence
 from baltoro.model.kimi import KimiK25
 from baltoro.rl.objective import ObjectiveConfig, group_advantages
 from baltoro.rl.update import Sample, UpdateReport, update
+from baltoro.rollout.journal import Journal
 from baltoro.rollout.manager import Ended, ManagerConfig, RolloutManager, Running
+from baltoro.rollout.partial import resumable
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import trim_memory
 from baltoro.train.stage import optimizer_for
@@ -29,7 +32,9 @@ Rollout = Callable[[Engine, int, int], Awaitable[Trace]]
 
 @dataclass(frozen=True)
 class RLConfig:
-    """iterations of `tasks` groups of `rollouts` episodes (K of Eq. 1)."""
+    """iterations of `tasks` groups of `rollouts` episodes (K of Eq. 1). ahead: groups that are begun beside them. An
+    iteration ends with the first `tasks` groups that are whole; the others are cut and go on in the next, under newer
+    weights (partial rollout, appendix D)."""
 
     iterations: int
     tasks: int
@@ -39,6 +44,7 @@ class RLConfig:
     trains: tuple[str, ...] = ("language_model", "vision_tower", "mm_projector")
     weight_decay: float = 0.0
     micro_tokens: int = 8192
+    ahead: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +87,25 @@ def run_rl(
     """Train `model` in place; `engine` serves it under `policy_role` and whatever is frozen under other roles.
 
     An iteration is a pure function of weights, seed and its number, so a run resumes exactly at the last finished one.
+    With groups ahead it also depends on which groups were whole first. What was begun is kept beside the checkpoint,
+    and a resumed run goes on from there.
     """
     optimizer = optimizer_for(model, config.trains, config.weight_decay)
     progress = Progress(name, 0, 0.0, 0)
+    journal = checkpoint.with_suffix(".journal")
     if checkpoint.exists():
         progress = load_state(checkpoint, model, optimizer)
+    else:
+        for stale in checkpoint.parent.glob(f"{journal.name}*"):
+            stale.unlink()
     begin = time.monotonic() - progress.seconds
     tokens = progress.tokens
     for iteration in range(progress.step, config.iterations):
+        engine.weight_version = iteration
         engine.update(policy_role, model)
-        traces = asyncio.run(_roll_out(engine, config, rollout, derive_seed(seed, iteration)))
+        traces = asyncio.run(_roll_out(engine, config, rollout, seed, iteration, journal))
         groups = [[(trace, reward(trace, iteration)) for trace in group] for group in traces]
-        samples = [s for group in groups for s in _samples(group)]
+        samples = [s for group in groups for s in _samples(group, engine.weight_version)]
         result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
         tokens += sum(len(s.sequence.ids) for s in samples)
         progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
@@ -103,16 +116,58 @@ def run_rl(
     return progress
 
 
-async def _roll_out(engine: LocalEngine, config: RLConfig, rollout: Rollout, seed: int) -> list[list[Trace]]:
+async def _roll_out(
+    engine: LocalEngine, config: RLConfig, rollout: Rollout, seed: int, iteration: int, path: Path
+) -> list[list[Trace]]:
+    """Groups have numbers through all iterations, episodes the names of their group and place. Those that an iteration
+    trains on are claimed for it."""
     manager = RolloutManager(engine, ManagerConfig())
+    async with Journal.open(path) as journal, engine.run():
+        journal.forget(iteration)
+        claimed = {_group(episode) for episode, step in journal.claims.items() if step == iteration}
+        used = {_group(episode) for episode in journal.claims}
+        free = (number for number in itertools.count() if number not in used)
+        begun = sorted(claimed) or list(itertools.islice(free, config.tasks + config.ahead))
+        async with manager.run():
+            running: dict[int, list[Running]] = {}
+            for number in begun:
+                task = derive_seed(derive_seed(seed, number // config.tasks), number % config.tasks)
+                running[number] = [
+                    await manager.submit(f"{number}/{k}", resumable(journal, _episode(rollout, task, k)))
+                    for k in range(config.rollouts)
+                ]
+            whole = await _whole(running, config.tasks)
+            await manager.cut()
+        if not claimed:
+            await journal.claim(iteration, [each.episode for number in whole for each in whole[number]])
+    return [[_trace(each) for each in whole[number]] for number in sorted(whole)]
 
-    async def submit(group: int, k: int) -> Running:
-        task = derive_seed(seed, group)
-        return await manager.submit(f"{group}/{k}", lambda episode: rollout(episode, task, derive_seed(task, k)))
 
-    async with engine.run(), manager.run():
-        running = [[await submit(g, k) for k in range(config.rollouts)] for g in range(config.tasks)]
-        return [[_trace(await episode.ended()) for episode in group] for group in running]
+def _episode(rollout: Rollout, task: int, k: int) -> Callable[[Engine], Awaitable[Trace]]:
+    return lambda engine: rollout(engine, task, derive_seed(task, k))
+
+
+def _group(episode: str) -> int:
+    return int(episode.partition("/")[0])
+
+
+async def _whole(running: dict[int, list[Running]], wanted: int) -> dict[int, list[Ended]]:
+    """The first groups whose episodes have all ended."""
+
+    async def ended(number: int) -> tuple[int, list[Ended]]:
+        return number, [await episode.ended() for episode in running[number]]
+
+    whole: dict[int, list[Ended]] = {}
+    async with asyncio.TaskGroup() as group:
+        waits = [group.create_task(ended(number)) for number in running]
+        for wait in asyncio.as_completed(waits):
+            number, episodes = await wait
+            whole[number] = episodes
+            if len(whole) == wanted:
+                break
+        for wait in waits:
+            wait.cancel()
+    return whole
 
 
 def _trace(ended: Ended) -> Trace:
@@ -121,11 +176,16 @@ def _trace(ended: Ended) -> Trace:
     return ended.trace
 
 
-def _samples(group: list[tuple[Trace, float]]) -> list[Sample]:
+def _samples(group: list[tuple[Trace, float]], version: int) -> list[Sample]:
     """Every trainable trace of an episode carries the episode's advantage."""
     advantages = group_advantages([reward for _, reward in group])
     return [
-        Sample(TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)), t.logprobs, advantage)
+        Sample(
+            TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)),
+            t.logprobs,
+            advantage,
+            spread(t.turns, len(t.tokens), lambda turn: [version - turn.weight_version] * len(turn.ids), 0),
+        )
         for (trace, _), advantage in zip(group, advantages, strict=True)
         for t in _tree(trace)
         if t.trainable and sum(t.loss_mask)
