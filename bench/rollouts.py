@@ -1,9 +1,10 @@
 """Live multi-turn tasks with tools in one process: ours, verifiers in-process, and two floors; see rollout_subjects/.
 
 Every run is a process of its own; subjects take turns within a round, and medians over the rounds are reported. Turns
-are compared by processor time, which other work on the machine disturbs least. The last line says, at the most tasks,
-how many times the processor time of our turn verifiers needs; ratios to the floors stand beside it. Writes
-results/rollouts.json and results/rollouts.png. Takes some ten minutes and 4 GB; `rollouts.py 1000 10000` does less.
+are compared by processor time, which other work on the machine disturbs least. The last line says, at the most tasks
+that both held, how many times the processor time of our turn verifiers needs; ratios to the floors stand beside it.
+Writes results/rollouts.json and results/rollouts.png. Takes some fifteen minutes and 4 GB; `rollouts.py 1000` measures
+that number of tasks anew and keeps the rest.
 
 verifiers 0.1.9.post3 runs in an environment of its own, for it needs old openai and mcp packages; it is installed there
 once.
@@ -37,7 +38,9 @@ NAMES = {
     "bare": "floor: asyncio alone, no tokens",
 }
 ROUNDS = {1_000: 5, 10_000: 3, 100_000: 1}
-Row = dict[str, float]
+LONGEST_S = 1200
+RESULTS = ROOT / "results" / "rollouts.json"
+Row = dict[str, Any]
 
 
 def ranks(folder: Path) -> Path:
@@ -55,25 +58,32 @@ def install_peer() -> None:
         (PEER / "installed").touch()
 
 
-def run(subject: str, tasks: int, tokens: Path) -> Row:
+def run(subject: str, tasks: int, tokens: Path) -> Row | None:
+    """None where it takes too long or fails."""
     python = PEER / "bin" / "python" if subject == "verifiers_env" else Path(sys.executable)
     command = [str(python), str(SUBJECTS / f"{subject}.py"), str(tasks), str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONGEST_S)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        print(f"{tasks:>7} {subject:<13} {type(error).__name__}", file=sys.stderr)
+        return None
     row: Row = json.loads(done.stdout.splitlines()[-1])
     print(f"{tasks:>7} {subject:<13} {row}", file=sys.stderr)
     return row
 
 
-def measure(sizes: list[int]) -> dict[str, list[Row]]:
-    """By subject, the medians for every number of tasks."""
-    out: dict[str, list[Row]] = {name: [] for name in NAMES}
+def measure(tasks: int, commit: str) -> dict[str, Row]:
+    """By subject, the medians over the rounds."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         tokens = ranks(Path(folder))
-        for tasks in sizes:
-            rounds = [{name: run(name, tasks, tokens) for name in NAMES} for _ in range(ROUNDS[tasks])]
-            for name in NAMES:
-                rows = [each[name] for each in rounds]
-                out[name].append({key: statistics.median(row[key] for row in rows) for key in rows[0]})
+        rounds = [{name: run(name, tasks, tokens) for name in NAMES} for _ in range(ROUNDS[tasks])]
+    out: dict[str, Row] = {}
+    for name in NAMES:
+        rows = [row for each in rounds if (row := each[name])]
+        if rows:
+            medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+            out[name] = {**medians, "rounds": len(rows), "load_before": round(load, 2), "commit": commit}
     return out
 
 
@@ -93,29 +103,29 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
 def main() -> None:
     sizes = [int(size) for size in sys.argv[1:]] or list(ROUNDS)
     install_peer()
-    load = os.getloadavg()[0]
-    rows = measure(sizes)
-    most = {name: each[-1] for name, each in rows.items()}
-    ours, peer = most["ours"]["cpu_us_a_turn"], most["verifiers_env"]["cpu_us_a_turn"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    rows: dict[str, list[Row]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    for tasks in sizes:
+        for name, row in measure(tasks, commit).items():
+            others = [each for each in rows.get(name, []) if each["tasks"] != tasks]
+            rows[name] = sorted([*others, row], key=lambda each: each["tasks"])
+    most = {name: {row["tasks"]: row["cpu_us_a_turn"] for row in each} for name, each in rows.items()}
+    tasks = max(most["ours"].keys() & most["verifiers_env"].keys())
+    ours, peer = most["ours"][tasks], most["verifiers_env"][tasks]
     record: dict[str, Any] = {
         "ours": ours,
         "peer": peer,
         "ratio": peer / ours,
         "unit": "microseconds of processor time a turn",
-        "tasks": sizes[-1],
-        "times_the_tokens_floor": ours / most["tokens"]["cpu_us_a_turn"],
-        "times_the_bare_floor": ours / most["bare"]["cpu_us_a_turn"],
-        "load_before": round(load, 2),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["bench/rollouts.py", *sys.argv[1:]]),
+        "tasks": tasks,
+        "times_the_tokens_floor": ours / most["tokens"][tasks],
+        "times_the_bare_floor": ours / most["bare"][tasks],
+        "command": "bench/rollouts.py",
         "rows": rows,
     }
-    results = ROOT / "results"
-    (results / "rollouts.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(rows, results / "rollouts.png")
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    draw(rows, RESULTS.with_suffix(".png"))
     print(json.dumps(record))
 
 
