@@ -388,6 +388,7 @@ class Run:
                 grad_norm=update.grad_norm,
                 outside=update.outside,
                 mismatch=update.mismatch,
+                **{f"mismatch_age_{age}": gap for age, gap in update.mismatch_by_age.items()},
             )
             self._show(name, model, iteration.iteration, numbers)
             if iteration.iteration == config.iterations:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from baltoro.agent.engine import Completion, Engine, Sampling
-from baltoro.agent.loop import Limits
-from baltoro.agent.trace import Trace, Turn
+from baltoro.agent.loop import Limits, derive_seed
+from baltoro.agent.trace import Trace, Turn, spread
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence, assistant
 from baltoro.chat.tokenizer import Tokenizer
@@ -37,7 +37,9 @@ def _model() -> KimiK25:
 
 
 def _trace(role: str, prompt: list[int], done: Completion, trainable: bool, *children: Trace) -> Trace:
-    turn = Turn(len(prompt), tuple(done.ids), tuple(done.logprobs), 0, assistant(), (), children, 0.0, 0.0, 0.0)
+    turn = Turn(
+        len(prompt), tuple(done.ids), tuple(done.logprobs), done.weight_version, assistant(), (), children, 0, 0, 0
+    )
     return Trace(
         role=role,
         messages=(),
@@ -142,3 +144,57 @@ def test_episodes_whose_judge_failed_are_no_samples(tmp_path: Path) -> None:
         members = [record for record in even if record.group == group]
         mean = sum(record.reward or 0.0 for record in members) / len(members)
         assert [record.advantage for record in members] == [(record.reward or 0.0) - mean for record in members]
+
+
+def test_groups_ahead_are_cut_and_go_on_under_newer_weights(tmp_path: Path) -> None:
+    """Every third task takes many turns. All are trained on, once, whole, in whatever iteration; a run that stops and
+    is taken up in between goes on with what it had begun."""
+
+    async def agent(engine: Engine, policy: Policy, world: World, limits: Limits) -> Trace:
+        task = int(world.system)
+        ids = [task % 100, 7]
+        turns: list[Turn] = []
+        for turn in range(8 if task % 3 == 0 else 1):
+            sampling = Sampling(4, seed=derive_seed(policy.sampling.seed, turn))
+            done = await engine.generate(TokenSequence(list(ids)), sampling, "policy")
+            turns += _trace("policy", ids, done, True).turns
+            ids += done.ids
+        whole = _trace("policy", ids[:2], Completion(ids[2:], [0.0] * len(ids[2:]), "stop", 0), True)
+        mask = spread(turns, len(ids), lambda turn: [1] * len(turn.ids), 0)
+        logprobs = spread(turns, len(ids), lambda turn: turn.logprobs, 0.0)
+        return replace(whole, turns=tuple(turns), loss_mask=mask, logprobs=logprobs)
+
+    env = Env("ahead", "1", lambda seed: {"prompt": seed}, _open, ENV.judge, Limits(8, 64, 4), agent)
+
+    def run(iterations: int) -> None:
+        config = RLConfig(iterations, tasks=2, rollouts=3, lr=1e-2, objective=ObjectiveConfig(), ahead=2)
+        model = _model()
+        run_rl(
+            "rl",
+            model,
+            LocalEngine({"policy": model}, TOKENIZER, slots=32, max_len=64),
+            config,
+            lambda: nullcontext(lambda seed: (env, env.sample(seed))),
+            POLICY,
+            lambda _: env.judge.weights,
+            5,
+            tmp_path / "rl.safetensors",
+            reports.append,
+        )
+
+    reports: list[IterationReport] = []
+    run(3)
+    run(6)
+    assert [report.iteration for report in reports] == [1, 2, 3, 4, 5, 6]
+    groups = [group for report in reports for group in report.groups]
+    assert len({group.task["prompt"] for group in groups}) == len(groups) == 12
+    traces = [trace for group in groups for trace in group.traces]
+    assert len(traces) == 36
+    assert {len(trace.turns) for trace in traces} == {1, 8}
+    versions = [[turn.weight_version for turn in trace.turns] for trace in traces]
+    assert all(each == sorted(each) for each in versions)
+    assert any(len(set(each)) > 1 for each in versions)
+    ages = [report.update.mismatch_by_age for report in reports]
+    assert all(each.get(0, 0.0) < 1e-4 for each in ages)
+    assert 0 in ages[0]
+    assert max(gap for each in ages for age, gap in each.items() if age) > 1e-3

@@ -1,5 +1,6 @@
 import dataclasses
 import random
+import statistics
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def _samples(model: KimiK25) -> list[Sample]:
         with torch.no_grad():
             known = [0.0, *_logprobs(model, ids).tolist()]
         engine = [p + rng.gauss(0, 0.2) if m else 99.0 for p, m in zip(known, mask, strict=True)]
-        out.append(Sample(TokenSequence(ids, [], mask), engine, advantage))
+        out.append(Sample(TokenSequence(ids, [], mask), engine, advantage, [i // 7 for i in range(length)]))
     return out
 
 
@@ -69,6 +70,19 @@ def test_gradients_are_those_of_eq_1_over_the_whole_batch_however_it_is_cut() ->
                 ratio = d.exp() if inside else d.exp().detach().clamp(0.8, 1.25)
                 loss = loss - (ratio * sample.advantage - 0.05 * d * d) / total
     named = dict(model.named_parameters())
+    gaps = [
+        (age, abs(engine - p))
+        for s in samples
+        for age, engine, p, m in zip(
+            s.ages,
+            s.engine_logprobs,
+            [0.0, *_logprobs(model, s.sequence.ids).tolist()],
+            s.sequence.loss_mask,
+            strict=True,
+        )
+        if m
+    ]
+    by_age = {age: statistics.mean(gap for a, gap in gaps if a == age) for age in range(5)}
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     for micro_tokens in (1, 35, 10_000):
         recorder = Recorder(model.named_parameters(), MuonConfig())
@@ -76,6 +90,7 @@ def test_gradients_are_those_of_eq_1_over_the_whole_batch_however_it_is_cut() ->
         assert report.loss == pytest.approx(float(loss.detach()), abs=1e-6)
         assert report.tokens == total
         assert 0.1 < report.outside < 0.6
+        assert report.mismatch_by_age == pytest.approx(by_age, abs=1e-5)
         for name, gradient in zip(named, gradients, strict=True):
             torch.testing.assert_close(recorder.seen[name], gradient, atol=2e-6, rtol=1e-3)
 
@@ -86,7 +101,7 @@ def test_one_step_raises_what_was_good_and_lowers_what_was_bad() -> None:
     mask = [0, 0, 0, 1, 1, 1]
     before = [_logprobs(model, ids).detach() for ids in (good, bad)]
     samples = [
-        Sample(TokenSequence(ids, [], mask), [0.0, *known.tolist()], advantage)
+        Sample(TokenSequence(ids, [], mask), [0.0, *known.tolist()], advantage, [0] * 6)
         for ids, known, advantage in zip((good, bad), before, (0.5, -0.5), strict=True)
     ]
     optimizer = MuonAdamW(model.named_parameters(), MuonConfig(weight_decay=0.0), torch.float32)

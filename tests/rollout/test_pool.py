@@ -112,6 +112,35 @@ def test_an_instance_is_used_again_unless_it_is_sick() -> None:
     assert not sandboxes.open
 
 
+def test_an_instance_whose_user_failed_is_not_used_again() -> None:
+    sandboxes = Sandboxes(1)
+
+    async def main() -> None:
+        async with sandboxes.pool.run():
+            with pytest.raises(KeyError):
+                async with sandboxes.pool.instance():
+                    raise KeyError
+            assert not sandboxes.open
+            async with sandboxes.pool.instance() as number:
+                assert number == 2
+
+    run_virtual(main())
+
+
+def test_a_pool_that_is_left_by_an_error_closes_what_is_idle() -> None:
+    sandboxes = Sandboxes(1)
+
+    async def main() -> None:
+        with pytest.raises(ExceptionGroup):
+            async with sandboxes.pool.run():
+                async with sandboxes.pool.instance():
+                    pass
+                raise KeyError
+        assert not sandboxes.open
+
+    run_virtual(main())
+
+
 def test_who_cannot_be_given_one_leaves_his_place_to_the_next() -> None:
     sandboxes = Sandboxes(1, frozenset({1}))
 

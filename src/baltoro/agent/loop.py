@@ -7,21 +7,18 @@ tokens are exactly those that the engine saw and drew.
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from baltoro.agent.engine import Completion, Engine, Sampling
 from baltoro.agent.tool import CallContext, Tool, ToolResult
-from baltoro.agent.trace import Status, Trace, Turn
+from baltoro.agent.trace import Status, Trace, Turn, spread
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message, TokenSequence, ToolCall, tool_result, user
 from baltoro.chat.parse import Parsed, parse_completion
 from baltoro.chat.render import render, render_tool_results
 from baltoro.chat.schema import parse_arguments
 from baltoro.chat.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ async def run_agent(
             role=role,
             messages=tuple(context.messages),
             tokens=tuple(context.prompt.ids),
-            loss_mask=_spread(turns, len(context.prompt.ids), lambda turn: [1] * len(turn.ids), 0),
-            logprobs=_spread(turns, len(context.prompt.ids), lambda turn: turn.logprobs, 0.0),
+            loss_mask=spread(turns, len(context.prompt.ids), lambda turn: [1] * len(turn.ids), 0),
+            logprobs=spread(turns, len(context.prompt.ids), lambda turn: turn.logprobs, 0.0),
             media=tuple(context.prompt.media),
             turns=tuple(turns),
             status=status,
@@ -180,14 +177,6 @@ class _Context:
             self.prompt.ids.append(im_end)  # cut by length after its calls: it was not sampled, so it is no target
         self.prompt.ids.extend(rendered.ids)
         self.prompt.media.extend(rendered.media)
-
-
-def _spread(turns: Sequence[Turn], length: int, values: Callable[[Turn], Sequence[T]], elsewhere: T) -> tuple[T, ...]:
-    """Along the tokens of an agent, the values of those that it sampled."""
-    out = [elsewhere] * length
-    for turn in turns:
-        out[turn.prompt_len : turn.prompt_len + len(turn.ids)] = values(turn)
-    return tuple(out)
 
 
 async def run_calls(

@@ -1,10 +1,13 @@
 """The record of one agent's run, with the runs of the agents it started: exact tokens for training, text for people."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part, ToolCall, Video
+
+T = TypeVar("T")
 
 # completed: the agent answered of its own accord. limit: it was made to answer, or cut. overflow: the context was
 # full (a failure, appendix E.6). failed: the engine failed.
@@ -35,6 +38,14 @@ class Turn:
     @property
     def calls(self) -> tuple[ToolCall, ...]:
         return self.message.tool_calls
+
+
+def spread(turns: Sequence[Turn], length: int, values: Callable[[Turn], Sequence[T]], elsewhere: T) -> tuple[T, ...]:
+    """Along the `length` tokens of an agent, the values of those that it sampled."""
+    out = [elsewhere] * length
+    for turn in turns:
+        out[turn.prompt_len : turn.prompt_len + len(turn.ids)] = values(turn)
+    return tuple(out)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

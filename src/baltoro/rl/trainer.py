@@ -5,21 +5,25 @@ of them. PARL is this loop with an orchestrator's traces and the weights of `Par
 """
 
 import asyncio
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from baltoro.agent.engine import Engine
 from baltoro.agent.loop import derive_seed
-from baltoro.agent.trace import Trace
+from baltoro.agent.trace import Trace, spread
 from baltoro.chat.messages import TokenSequence
 from baltoro.model.kimi import KimiK25
 from baltoro.rl.objective import ObjectiveConfig, group_advantages
 from baltoro.rl.update import Sample, UpdateReport, update
 from baltoro.rollout.env import Env
+from baltoro.rollout.journal import Journal
 from baltoro.rollout.judge import Policy, Task, total
 from baltoro.rollout.manager import Ended, ManagerConfig, RolloutManager, Running
+from baltoro.rollout.partial import resumable
 from baltoro.rollout.record import Record
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import trim_memory
@@ -38,7 +42,9 @@ Weights = Callable[[int], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class RLConfig:
-    """iterations of `tasks` groups of `rollouts` episodes (K of Eq. 1)."""
+    """iterations of `tasks` groups of `rollouts` episodes (K of Eq. 1). ahead: groups that are begun beside them. An
+    iteration ends with the first `tasks` groups that are whole; the others are cut and go on in the next, under newer
+    weights (partial rollout, appendix D)."""
 
     iterations: int
     tasks: int
@@ -48,6 +54,7 @@ class RLConfig:
     trains: tuple[str, ...] = ("language_model", "vision_tower", "mm_projector")
     weight_decay: float = 0.0
     micro_tokens: int = 8192
+    ahead: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +134,25 @@ def run_rl(
     """Train `model` in place; `engine` serves it under the role of `policy`, and whatever is frozen under other roles.
 
     An iteration is a pure function of weights, seed and its number, so a run resumes exactly at the last finished one.
+    With groups ahead it also depends on which groups were whole first. What was begun is kept beside the checkpoint,
+    and a resumed run goes on from there.
     """
     optimizer = optimizer_for(model, config.trains, config.weight_decay)
     progress = Progress(name, 0, 0.0, 0)
+    journal = checkpoint.with_suffix(".journal")
     if checkpoint.exists():
         progress = load_state(checkpoint, model, optimizer)
+    else:
+        for stale in checkpoint.parent.glob(f"{journal.name}*"):
+            stale.unlink()
     begin = time.monotonic() - progress.seconds
     tokens = progress.tokens
     for iteration in range(progress.step, config.iterations):
+        engine.weight_version = iteration
         engine.update(policy.role, model)
-        groups = asyncio.run(_roll_out(engine, config, opened, policy, derive_seed(seed, iteration)))
+        groups = asyncio.run(_roll_out(engine, config, opened, policy, seed, iteration, journal))
         signs = weights(iteration)
-        samples = [sample for group in groups for sample in _samples(group, signs)]
+        samples = [sample for group in groups for sample in _samples(group, signs, engine.weight_version)]
         result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
         tokens += sum(len(s.sequence.ids) for s in samples)
         progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
@@ -149,24 +163,63 @@ def run_rl(
     return progress
 
 
-async def _roll_out(engine: LocalEngine, config: RLConfig, opened: Opened, policy: Policy, seed: int) -> list[Group]:
+async def _roll_out(
+    engine: LocalEngine, config: RLConfig, opened: Opened, policy: Policy, seed: int, iteration: int, path: Path
+) -> list[Group]:
+    """Groups have numbers through all iterations, episodes the names of their group and place. Those that an iteration
+    trains on are claimed for it."""
     manager = RolloutManager(engine, ManagerConfig())
+    async with Journal.open(path) as journal, engine.run(), opened() as tasks:
+        journal.forget(iteration)
+        claimed = {_group(episode) for episode, step in journal.claims.items() if step == iteration}
+        used = {_group(episode) for episode in journal.claims}
+        free = (number for number in itertools.count() if number not in used)
+        begun = sorted(claimed) or list(itertools.islice(free, config.tasks + config.ahead))
+        groups: dict[int, Group] = {}
+        running: dict[int, list[Running]] = {}
+        async with manager.run():
+            for number in begun:
+                task_seed = derive_seed(derive_seed(seed, number // config.tasks), number % config.tasks)
+                group = Group(*tasks(task_seed), [derive_seed(task_seed, k) for k in range(config.rollouts)], [])
+                groups[number] = group
+                running[number] = [
+                    await manager.submit(f"{number}/{k}", resumable(journal, _episode(group, policy, each)))
+                    for k, each in enumerate(group.seeds)
+                ]
+            whole = await _whole(running, config.tasks)
+            await manager.cut()
+        if not claimed:
+            await journal.claim(iteration, [each.episode for number in whole for each in whole[number]])
+    for number, ended in whole.items():
+        groups[number].traces.extend(map(_trace, ended))
+    return [groups[number] for number in sorted(whole)]
 
-    async def submit(env: Env, task: Task, group: int, k: int, seed: int) -> Running:
-        return await manager.submit(f"{group}/{k}", lambda episode: env.rollout(episode, policy, task, seed))
 
-    groups: list[Group] = []
-    running: list[list[Running]] = []
-    async with engine.run(), opened() as tasks, manager.run():
-        for number in range(config.tasks):
-            task_seed = derive_seed(seed, number)
-            env, task = tasks(task_seed)
-            seeds = [derive_seed(task_seed, k) for k in range(config.rollouts)]
-            running.append([await submit(env, task, number, k, each) for k, each in enumerate(seeds)])
-            groups.append(Group(env, task, seeds, []))
-        for group, episodes in zip(groups, running, strict=True):
-            group.traces.extend([_trace(await episode.ended()) for episode in episodes])
-    return groups
+def _episode(group: Group, policy: Policy, seed: int) -> Callable[[Engine], Awaitable[Trace]]:
+    return lambda engine: group.env.rollout(engine, policy, group.task, seed)
+
+
+def _group(episode: str) -> int:
+    return int(episode.partition("/")[0])
+
+
+async def _whole(running: dict[int, list[Running]], wanted: int) -> dict[int, list[Ended]]:
+    """The first groups whose episodes have all ended."""
+
+    async def ended(number: int) -> tuple[int, list[Ended]]:
+        return number, [await episode.ended() for episode in running[number]]
+
+    whole: dict[int, list[Ended]] = {}
+    async with asyncio.TaskGroup() as group:
+        waits = [group.create_task(ended(number)) for number in running]
+        for wait in asyncio.as_completed(waits):
+            number, episodes = await wait
+            whole[number] = episodes
+            if len(whole) == wanted:
+                break
+        for wait in waits:
+            wait.cancel()
+    return whole
 
 
 def _trace(ended: Ended) -> Trace:
@@ -186,10 +239,15 @@ def _judged(group: Group, weights: Mapping[str, float]) -> list[tuple[Trace, flo
     ]
 
 
-def _samples(group: Group, weights: Mapping[str, float]) -> list[Sample]:
-    """Every trainable trace of an episode carries the episode's advantage."""
+def _samples(group: Group, weights: Mapping[str, float], version: int) -> list[Sample]:
+    """Every trainable trace of an episode carries the episode's advantage. version: of the weights that are trained."""
     return [
-        Sample(TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)), t.logprobs, advantage)
+        Sample(
+            TokenSequence(list(t.tokens), list(t.media), list(t.loss_mask)),
+            t.logprobs,
+            advantage,
+            spread(t.turns, len(t.tokens), lambda turn: [version - turn.weight_version] * len(turn.ids), 0),
+        )
         for trace, _, advantage in _judged(group, weights)
         if advantage is not None
         for t in _tree(trace)
