@@ -319,7 +319,8 @@ def _lightning_events(session: str) -> list[list[int]]:
 def _litellm(scratch: str) -> list[str]:
     config = Path(scratch) / "litellm.yaml"
     params = {"model": "openai/m", "api_base": f"http://127.0.0.1:{MOCK_PORT}/v1", "api_key": "x"}
-    config.write_text(json.dumps({"model_list": [{"model_name": "m", "litellm_params": params}]}))
+    models = [{"model_name": "m", "litellm_params": params}]
+    config.write_text(json.dumps({"model_list": models, "general_settings": {"master_key": "sk-bench"}}))
     return [_peer("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(GATEWAY_PORT)]
 
 
