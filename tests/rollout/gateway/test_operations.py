@@ -281,7 +281,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path)
         async with ClientSession(url) as http, asyncio.TaskGroup() as group:
             for i in range(16):
                 group.create_task(one(http, f"c{i}", i % 2 == 1))
-            while sum(map(len, told.values())) < 150:
+            while sum(map(len, told.values())) < 80:
                 await asyncio.sleep(0.01)
             kill()
 
@@ -294,7 +294,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path)
     assert process.returncode == -signal.SIGKILL
     with SqliteStore(file) as store:
         kept = {name: asyncio.run(store.load(name)) for name in told}
-    assert sum(map(len, told.values())) >= 150
+    assert sum(map(len, told.values())) >= 80
     for name, answers in told.items():
         session = kept[name]
         assert session is not None
