@@ -46,7 +46,7 @@ class Held(ScriptedEngine):
         self.entered.release()
         await self.let.wait()
         async for sampled in super().stream(prompt, sampling, role):
-            yield sampled
+            yield sampled._replace(logprob=-1 / (1 + sampled.token))
 
 
 class Server:
