@@ -8,6 +8,7 @@ a gateway, it shows its own limit. Gateways take turns, round by round; the medi
 its stores; "durable" acknowledges only what survives kill -9, which no peer offers at its default.
 
     python bench/gateway.py [seconds for each measurement] [rounds]
+    python bench/gateway.py figure results/gateway.json results/gateway.png
 """
 
 import asyncio
@@ -319,7 +320,8 @@ def _lightning_events(session: str) -> list[list[int]]:
 def _litellm(scratch: str) -> list[str]:
     config = Path(scratch) / "litellm.yaml"
     params = {"model": "openai/m", "api_base": f"http://127.0.0.1:{MOCK_PORT}/v1", "api_key": "x"}
-    config.write_text(json.dumps({"model_list": [{"model_name": "m", "litellm_params": params}]}))
+    models = [{"model_name": "m", "litellm_params": params}]
+    config.write_text(json.dumps({"model_list": models, "general_settings": {"master_key": "sk-bench"}}))
     return [_peer("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(GATEWAY_PORT)]
 
 
@@ -556,8 +558,38 @@ def summary(kept: dict[str, dict[str, list[dict[str, float]]]], seconds: float, 
     }
 
 
+def figure(results: Path, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = json.loads(results.read_text())
+    names = [gateway.name for gateway in GATEWAYS]
+    drawn, axes = pyplot.subplots(1, 2, figsize=(13, 4.5))
+    for axis, what, title in zip(
+        axes,
+        ("requests_per_s", "added_p50_ms"),
+        ("requests per second", "added latency at one connection, p50, ms"),
+        strict=True,
+    ):
+        for i, name in enumerate(names):
+            values = [result["rows"][row][name][what] for row in result["rows"]]
+            places = [x + (i - 2) * 0.16 for x in range(len(values))]
+            bars = axis.bar(places, values, 0.16, label=name)
+            axis.bar_label(bars, fmt="{:.3g}", fontsize=6)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(result["rows"])), list(result["rows"]), fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes[0].legend(fontsize=7)
+    drawn.tight_layout()
+    drawn.savefig(picture, dpi=110)
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
+        case ["figure", results, picture]:
+            figure(Path(results), Path(picture))
         case ["mock", port]:
             asyncio.run(mock(int(port)))
         case ["ours", port, folder]:

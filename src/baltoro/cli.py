@@ -276,11 +276,12 @@ COMMANDS = {
         file=("FILE", "a file of episodes"),
     ),
     "serve": Command(
-        "answer OpenAI's chat completion requests with a trained model",
+        "answer requests of OpenAI's and Anthropic's clients with a trained model",
         "FOLDER is the folder of a run, or a checkpoint in the released layout with its tiktoken.model; a run file\n"
         "stands for its run's folder. POST /v1/chat/completions takes text, images and videos (as data: URLs), tools,\n"
         'stream, stop, n, seed, logprobs, return_token_ids, and chat_template_kwargs={"thinking": false} for instant\n'
-        "mode.\n"
+        "mode; /v1/messages and /v1/responses are the other dialects. Under /sessions/NAME/v1 calls are recorded as\n"
+        "`baltoro gateway` records them, in memory.\n"
         "Settings are host, port, name (of the model), stage (of the run), context, slots (completions in the batch),\n"
         "queue (completions that may wait), body_mb, threads and dtype. If BALTORO_API_KEY is set in the environment,\n"
         "requests must bear it. SIGTERM or Ctrl-C lets running requests finish; a second one does not.",

@@ -131,7 +131,7 @@ async def test_sglang_gets_pictures_and_must_have_read_our_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [(429, Overloaded), (503, Overloaded), (500, ConnectionError), (400, ValueError), (302, ValueError)],
+    [(429, Overloaded), (503, Overloaded), (500, ConnectionError), (400, ValueError), (307, ValueError)],
 )
 async def test_refusals_are_told_apart(status: int, error: type[Exception]) -> None:
     """A redirect is a refusal: the key goes to one address alone."""

@@ -15,7 +15,7 @@ from baltoro.rollout.gateway.server import serve
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import prepare_machine
 
-_API_KEY = "BALTORO_API_KEY"
+_API_KEY, _ADMIN_KEY = "BALTORO_API_KEY", "BALTORO_ADMIN_KEY"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def serve_model(loaded: Loaded, config: ServeConfig, name: str) -> None:
         engine = LocalEngine({name: loaded.model}, loaded.tokenizer, slots=config.slots, max_len=context)
         upstream = EngineUpstream(engine, loaded.tokenizer, loaded.media, context)
         key = os.environ.get(_API_KEY, "")
-        limits = ApiConfig(name, config.slots + config.queue, config.body_mb * 2**20, (key,) if key else ())
+        admin = os.environ.get(_ADMIN_KEY, "")
+        limits = ApiConfig(
+            name, config.slots + config.queue, config.body_mb * 2**20, (key,) if key else (), admin_key=admin
+        )
         api = Api(upstream, limits)
         await serve(api, engine.run(), config.host, config.port)
 

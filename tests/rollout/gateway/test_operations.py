@@ -46,7 +46,7 @@ class Held(ScriptedEngine):
         self.entered.release()
         await self.let.wait()
         async for sampled in super().stream(prompt, sampling, role):
-            yield sampled
+            yield sampled._replace(logprob=-1 / (1 + sampled.token))
 
 
 class Server:
@@ -217,7 +217,7 @@ def test_what_is_saved_is_loaded_as_it_was(tmp_path: Path) -> None:
 
 
 SERVER = """
-import asyncio, sys
+import asyncio, sys, time
 from pathlib import Path
 from baltoro.agent.scripted import ScriptedEngine, completion_text
 from baltoro.chat.media import MediaSpec
@@ -236,8 +236,13 @@ T = Tokenizer({bytes([b]): b for b in range(256)})
 async def running():
     yield
 
+class Slow(SqliteStore):
+    def _commit(self, connection, batches):
+        time.sleep(0.05)
+        return super()._commit(connection, batches)
+
 async def main():
-    with SqliteStore(Path(sys.argv[1])) as store:
+    with Slow(Path(sys.argv[1])) as store:
         engine = ScriptedEngine(T, lambda prompt, role: completion_text(prompt[-60:].upper(), reasoning="r"))
         api = Api(EngineUpstream(engine, T, MediaSpec.K25, 4000), ApiConfig("m", 64, 2**20), store)
         await serve(api, running(), "127.0.0.1", 0)
@@ -247,7 +252,8 @@ asyncio.run(main())
 
 
 def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:
-    """Sixteen clients, whole and streamed; SIGKILL in the midst of them, at whatever moment it falls."""
+    """Sixteen clients, whole and streamed; SIGKILL in the midst of them, at whatever moment it falls. The disk is slow,
+    so that an answer told too early would be lost."""
     file = tmp_path / "calls.db"
     told: dict[str, list[tuple[int, ...]]] = {}
 
@@ -275,7 +281,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path)
         async with ClientSession(url) as http, asyncio.TaskGroup() as group:
             for i in range(16):
                 group.create_task(one(http, f"c{i}", i % 2 == 1))
-            while sum(map(len, told.values())) < 150:
+            while sum(map(len, told.values())) < 80:
                 await asyncio.sleep(0.01)
             kill()
 
@@ -288,7 +294,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path)
     assert process.returncode == -signal.SIGKILL
     with SqliteStore(file) as store:
         kept = {name: asyncio.run(store.load(name)) for name in told}
-    assert sum(map(len, told.values())) >= 150
+    assert sum(map(len, told.values())) >= 80
     for name, answers in told.items():
         session = kept[name]
         assert session is not None

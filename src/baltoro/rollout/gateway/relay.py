@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from baltoro.agent.engine import Sampled
 from baltoro.chat.messages import TokenSequence
@@ -29,7 +30,7 @@ class Relay:
         self.exact = tells_ids
         self.rendering = rendering
         self.max_len = max_len
-        self._url = url.rstrip("/") + "/chat/completions"
+        self._url = URL(url.rstrip("/") + "/chat/completions")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._spelled: dict[int, bytes] = {}
 
@@ -38,7 +39,8 @@ class Relay:
         # aiohttp's own limit is 100 connections, and the rest would wait unseen.
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._http:
+        jar = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=jar) as self._http:
             yield
 
     async def prepare(self, ask: Ask) -> Job:
