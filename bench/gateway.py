@@ -2,10 +2,10 @@
 Lightning and LiteLLM (which records none), before one constant upstream.
 
 All pass chat completions through to the same mock of vLLM's chat endpoint (return_token_ids, logprobs of 96 tokens),
-which answers at once: what is measured is the gateway. Every answer bears ids of its own; at the end of each round what
-was captured is compared with them, call by call. The load generator speaks HTTP on bare asyncio; direct, without a
-gateway, it shows its own limit. Gateways take turns, round by round; the median round counts. Ours runs with both
-of its stores; "durable" acknowledges only what survives kill -9, which no peer offers at its default.
+which answers at once: what is measured is the gateway. Every answer bears ids of its own; at the end of each round
+what was captured is compared with them, call by call. The load generator speaks HTTP on bare asyncio; direct, without
+a gateway, it shows its own limit. Gateways take turns, round by round; the median round counts. Ours runs with both of
+its stores; "durable" acknowledges only what survives kill -9, which no peer offers at its default.
 
     python bench/gateway.py [seconds for each measurement] [rounds]
 """
@@ -235,12 +235,15 @@ async def load(port: int, paths: list[str], row: Row, first: int, seconds: float
     begun = time.perf_counter()
     await asyncio.gather(*(client.done for client in clients))
     took = time.perf_counter() - begun
+    sent: dict[str, list[int]] = {}
+    for path, client in zip(paths, clients, strict=True):  # one path may be that of several connections
+        sent.setdefault(path, []).extend(client.sent)
     latencies = sorted(latency for client in clients for latency in client.latencies)
     return {
         "rate": len(latencies) / took,
         "p50_ms": latencies[len(latencies) // 2] * 1e3,
         "p99_ms": latencies[len(latencies) * 99 // 100] * 1e3,
-        "sent": {path: client.sent for path, client in zip(paths, clients, strict=True)},
+        "sent": sent,
     }
 
 
@@ -348,7 +351,7 @@ GATEWAYS = (
             _peer("agentlightning", "agl-server"),
             *("host=127.0.0.1", f"port={GATEWAY_PORT}", "default_proxy.model_name=m", f"hydra.run.dir={scratch}"),
         ],
-        lambda session: f"/proxy/rollout/{session}/attempt/a/mode/train/openai/v1/chat/completions",
+        lambda session: f"/proxy/rollout/{session}/attempt/0/mode/train/openai/v1/chat/completions",
         _lightning_open,
         _lightning_events,
     ),
@@ -380,11 +383,12 @@ def install(gateway: Gateway) -> None:
 # --- the measurement ------------------------------------------------------------------------------------------------
 
 CORES = sorted(os.sched_getaffinity(0))
+QUIET = os.getloadavg()[0] < 1.0
 
 
 def pinned(core: int) -> list[str]:
-    """The gateway has a core to itself, as far as the machine has two."""
-    taskset = shutil.which("taskset")
+    """The gateway has a core to itself, where the machine has two and nothing else to do."""
+    taskset = shutil.which("taskset") if QUIET else None
     return [taskset, "-c", str(CORES[core % len(CORES)])] if taskset else []
 
 
@@ -426,6 +430,12 @@ def resident_mb(process: subprocess.Popen[bytes]) -> float:
     raise RuntimeError("no VmRSS")
 
 
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """User and system time of the process and all its threads."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(port: int, paths: list[str], row: int, first: int, seconds: float) -> dict[str, Any]:
     command = [sys.executable, str(HERE), "load", json.dumps([port, paths, row, first, seconds])]
     done = subprocess.run([*pinned(1), *command], capture_output=True, text=True)
@@ -460,12 +470,16 @@ def round_of(gateway: Gateway, seconds: float, turn: int) -> dict[str, dict[str,
                     gateway.open(session)
                 paths = [gateway.path(session) for session in sessions]
                 one = measure(GATEWAY_PORT, paths[:1], i, 10**7 * (i + 1), seconds)
+                before = cpu_s(process)
                 many = measure(GATEWAY_PORT, paths[1:], i, 10**7 * (i + 1) + 5 * 10**6, seconds)
+                answered = sum(len(many["sent"][path]) for path in set(paths[1:]))
+                spent = (cpu_s(process) - before) / answered
                 checked = check(gateway, {**one["sent"], **many["sent"]}, sessions)
                 results[row.name] = {
                     "rate": many["rate"],
                     "p50_ms": one["p50_ms"],
                     "p99_ms": one["p99_ms"],
+                    "cpu_ms": spent * 1e3,
                     "checked": checked,
                     "rss_mb": resident_mb(process),
                 }
@@ -508,6 +522,7 @@ def summary(kept: dict[str, dict[str, list[dict[str, float]]]], seconds: float, 
                 "p99_ms": round(median(name, row.name, "p99_ms"), 3),
                 "added_p50_ms": round(median(name, row.name, "p50_ms") - median("direct", row.name, "p50_ms"), 3),
                 "added_p99_ms": round(median(name, row.name, "p99_ms") - median("direct", row.name, "p99_ms"), 3),
+                "cpu_ms": round(statistics.median(result.get("cpu_ms", 0) for result in kept[name][row.name]), 3),
                 "ids_verified": int(sum(result.get("checked", 0) for result in kept[name][row.name])),
                 "rss_mb": round(max(result.get("rss_mb", 0) for result in kept[name][row.name]), 1),
             }
@@ -536,6 +551,7 @@ def summary(kept: dict[str, dict[str, list[dict[str, float]]]], seconds: float, 
         "seconds": seconds,
         "rounds": rounds,
         "cores": len(CORES),
+        "pinned": QUIET,
         "load_average": os.getloadavg()[0],
     }
 

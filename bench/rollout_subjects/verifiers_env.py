@@ -1,7 +1,7 @@
 """The peer: verifiers 0.1.9.post3, the last release that runs rollouts in its own process; ToolEnv.generate.
 
-Its client is an AsyncOpenAI whose `create` answers in the process, so that neither HTTP nor JSON is counted. It works on
-messages, not on tokens. Cancelling `generate` leaves its rollouts running: they are cancelled one by one."""
+Its client is an AsyncOpenAI whose `create` answers in the process, so that neither HTTP nor JSON is counted. It works
+on messages, not on tokens. Cancelling `generate` leaves its rollouts running: they are cancelled one by one."""
 
 import asyncio
 import json

@@ -1,6 +1,7 @@
 """`baltoro <command> [run.toml] [key=value ...]`: the one boundary where a user's mistake becomes one line of text.
 
-`baltoro convert` has folders and a format instead of a run file, `baltoro serve` a folder."""
+`baltoro convert` has folders and a format instead of a run file, `baltoro serve` a folder, `baltoro gateway` a file
+of records."""
 
 import argparse
 import errno
@@ -182,6 +183,12 @@ def _trace_verify(file: Path, settings: TraceSettings) -> int:
     return 1 if findings else 0
 
 
+def _gateway(file: Path, overrides: Sequence[str]) -> None:
+    from baltoro.rollout.gateway.command import GatewayConfig, run_gateway
+
+    run_gateway(file, config.from_overrides(overrides, GatewayConfig))
+
+
 def _trace_view(file: Path, settings: TraceSettings) -> int:
     from baltoro.rollout.record import read_episodes
     from baltoro.rollout.viewer import write_view
@@ -280,6 +287,20 @@ COMMANDS = {
         "baltoro serve runs/nano port=8000",
         _serve,
         file=("FOLDER", "the folder of a run or of a checkpoint, or a run file"),
+    ),
+    "gateway": Command(
+        "record what black-box agents say to a model, token by token",
+        "Agents are given base_url=http://host:port/sessions/NAME/v1 (Anthropic's clients: without /v1) and speak\n"
+        "OpenAI's chat completions or responses, or Anthropic's messages. Every call is kept in FILE before it is\n"
+        "answered; GET /sessions/NAME tells it to whoever has the admin key. /v1 without a session keeps nothing.\n"
+        "Settings: upstream (URL) and model are required; kind is chat (an endpoint with vLLM's return_token_ids),\n"
+        "text (any other: only text is kept), vllm or sglang (by token ids; give tokenizer=tiktoken.model); further\n"
+        "context, host, port, calls, key_calls (completions at once) and body_mb.\n"
+        "The environment holds the secrets: BALTORO_API_KEY (one or several, with commas between), BALTORO_ADMIN_KEY\n"
+        "(for POST /admin/pause, resume and drain, and for sessions) and BALTORO_UPSTREAM_KEY.",
+        "baltoro gateway calls.db upstream=http://localhost:8000/v1 model=kimi",
+        _gateway,
+        file=("FILE", "an SQLite file, made where there is none"),
     ),
 }
 

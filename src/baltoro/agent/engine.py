@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from baltoro.chat.messages import TokenSequence
 
@@ -28,8 +28,7 @@ class Completion:
     weight_version: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One token of a completion as it is drawn, with its log-probability at temperature 1, and by which weights."""
 
     token: int

@@ -268,6 +268,7 @@ async def _time(player: _Player) -> AsyncGenerator[str]:
 
     async with asyncio.TaskGroup() as group:
         heart = group.create_task(beat())
+        await asyncio.sleep(0)  # the first beat begins
         try:
             async with player.session() as session:
                 await player.play(session, 0)

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_what_is_saved_is_loaded_as_it_was(tmp_path: Path) -> None:
             await runner.cleanup()
             was = await api.session("s")
         with SqliteStore(file) as store:
-            return was, store.load("s")
+            return was, await store.load("s")
 
     was, loaded = asyncio.run(talk(tmp_path / "calls.db"))
     assert len(loaded.calls) == 3
@@ -286,7 +287,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path)
         asyncio.run(clients(url, lambda: process.send_signal(signal.SIGKILL)))
     assert process.returncode == -signal.SIGKILL
     with SqliteStore(file) as store:
-        kept = {name: store.load(name) for name in told}
+        kept = {name: asyncio.run(store.load(name)) for name in told}
     assert sum(map(len, told.values())) >= 150
     for name, answers in told.items():
         session = kept[name]
@@ -313,7 +314,7 @@ def test_the_store_commits_batches_in_one_thread(tmp_path: Path) -> None:
                     session.place(setting, said),
                     setting,
                     said,
-                    [1],
+                    array("i", [1]),
                     [Sampled(2, -1.0)],
                     Said("assistant", (f"{i}",)),
                     "stop",

@@ -6,6 +6,7 @@ The streamed and the whole form are made of the same events, so they never diffe
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from baltoro.agent.engine import Sampled, Sampling, StreamingEngine
@@ -17,6 +18,7 @@ from baltoro.chat.parse import (
     ContentDelta,
     Event,
     Malformed,
+    Parsed,
     fold,
 )
 from baltoro.chat.schema import parse_arguments
@@ -129,11 +131,17 @@ class Choice:
 
     @property
     def message(self) -> Message:
-        return fold(self.events).message
+        return self._parsed.message
+
+    @cached_property
+    def _parsed(self) -> Parsed:
+        """To be asked when the answer has ended."""
+        assert self.finish is not None
+        return fold(self.events)
 
     def errors(self) -> list[str]:
         """What the model got wrong: calls that could not be read, and arguments that do not fit the schema."""
-        parsed = fold(self.events)
+        parsed = self._parsed
         errors = list(parsed.errors)
         schemas = {tool.name: tool.parameters for tool in self.job.tools}
         for call in parsed.message.tool_calls if schemas else ():

@@ -1,7 +1,6 @@
 """Anthropic's messages."""
 
 import json
-import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,7 @@ from baltoro.rollout.gateway.chat_request import (
     UserTurn,
     Wire,
 )
-from baltoro.rollout.gateway.dialect import Spell, event
+from baltoro.rollout.gateway.dialect import Spell, event, fresh
 from baltoro.rollout.gateway.errors import ApiError, validated
 
 
@@ -294,7 +293,7 @@ def _texts(system: str | list[_Text]) -> list[str]:
 
 
 def _message(job: Job) -> dict[str, Any]:
-    return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": job.model}
+    return {"id": f"msg_{fresh()}", "type": "message", "role": "assistant", "model": job.model}
 
 
 def _usage(job: Job) -> dict[str, Any]:

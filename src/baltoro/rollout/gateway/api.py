@@ -24,9 +24,10 @@ from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.anthropic import Anthropic
 from baltoro.rollout.gateway.chat import Chat
 from baltoro.rollout.gateway.dialect import Dialect
-from baltoro.rollout.gateway.dialogue import read_dialogue, read_tools
+from baltoro.rollout.gateway.dialogue import NOTHING, read_dialogue, read_tools
 from baltoro.rollout.gateway.errors import ApiError, read_object
 from baltoro.rollout.gateway.graph import Session
+from baltoro.rollout.gateway.heard import Heard, Hearing
 from baltoro.rollout.gateway.metrics import Metrics
 from baltoro.rollout.gateway.replay import Replays, Told
 from baltoro.rollout.gateway.responses import Responses
@@ -36,8 +37,6 @@ from baltoro.rollout.gateway.traces import session_json, session_traces
 from baltoro.rollout.gateway.upstream import Ask, Upstream
 
 _log = logging.getLogger(__name__)
-_PREPARED_AT_ONCE = 2
-_SMALL = 2**15
 _DIALECTS: dict[str, Dialect] = {"chat/completions": Chat(), "messages": Anthropic(), "responses": Responses()}
 _ADMINS = re.compile(r"/admin/.*|/sessions/[^/]*")
 _SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
@@ -78,6 +77,7 @@ class Api:
         self._config = config
         self._store = store or MemoryStore()
         self._sessions: dict[str, Session] = {}
+        self._hearing = Hearing()
         self._replays: dict[str, Replays] = {}
         self._created = int(time.time())
         self._running = Counter[str]()  # completions, by API key
@@ -85,7 +85,6 @@ class Api:
         self._idle.set()
         self._draining = False
         self._paused = False
-        self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self.metrics = Metrics()
 
     def runner(self) -> web.AppRunner:
@@ -120,7 +119,7 @@ class Api:
         if not _SESSION_ID.fullmatch(id):
             raise ApiError(400, "a session's id has 1 to 128 letters, digits and . _ ~ -", param="session")
         if id not in self._sessions:
-            found = await asyncio.to_thread(self._store.load, id)
+            found = await self._store.load(id)
             self._sessions.setdefault(id, found or Session(id))
         return self._sessions[id]
 
@@ -129,12 +128,14 @@ class Api:
         session, role = await self.session(id), self._config.name
         if not session.calls:
             raise ValueError(f"session {id} made no call; is its id right?")
+        if not self._upstream.exact:
+            raise ValueError("the upstream tells no token ids; train on one that does (vLLM, SGLang, a local engine)")
 
-        def export() -> tuple[Trace, ...]:
-            files = self._store.files(session)
-            return session_traces(session, self._upstream.rendering, files, role=role, trainable=trainable)
-
-        return await asyncio.to_thread(export)
+        files = await self._store.files(session)
+        rendering = self._upstream.rendering
+        return await asyncio.to_thread(
+            lambda: session_traces(session, rendering, files, role=role, trainable=trainable)
+        )
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -207,6 +208,7 @@ class Api:
             "created": self._created,
             "owned_by": "baltoro",
             "max_model_len": self._upstream.max_len,
+            "records": "tokens" if self._upstream.exact else "text",
         }
 
     def _check_model(self, name: str) -> None:
@@ -256,26 +258,29 @@ class Api:
         """Reads the request and answers it; `answer` gets what was said."""
         started = time.time()
 
-        def read() -> tuple[Any, dict[str, Any]]:
-            body = read_object(data)
-            return dialect.read(body), body
-
-        request, body = read() if len(data) < _SMALL else await asyncio.to_thread(read)
+        # A thread would hold the interpreter's lock for as long, and cost its changes of hands besides.
+        body = read_object(data)
+        request = dialect.read(body)
         self._check_model(request.model)
         count(request.n - 1)
 
-        def prepare() -> _Work:
-            tools = tuple(read_tools(request.tools))
-            setting = Setting(tools if request.tool_choice == "auto" else (), request.thinks)
-            dialogue = read_dialogue(request.messages, session.call_ids if session else ())
-            place = session.place(setting, dialogue.said) if session else None
-            chain = session.chain(place.parent) if session and place else ()
-            ask = Ask(request, body, dialogue, setting, place, chain)
-            job = replace(self._upstream.prepare(ask), tools=tools)
-            return _Work(dialect, ask, job, session, started)
-
-        async with self._preparing:
-            work = prepare() if len(data) < _SMALL else await asyncio.to_thread(prepare)
+        tools = tuple(read_tools(request.tools))
+        setting = Setting(tools if request.tool_choice == "auto" else (), request.thinks)
+        place, chain = None, []
+        if session is None:
+            dialogue = read_dialogue(request.messages)
+        else:
+            heard = self._hearing.last(session.id)
+            same = heard.same(request.messages) if heard else 0
+            known = heard.dialogue if heard else NOTHING
+            dialogue = read_dialogue(request.messages, session.call_ids, known, same)
+            keys = heard.keys[:same] if heard and heard.setting == setting.digest else ()
+            place = session.place(setting, dialogue.said, keys)
+            chain = session.chain(place.parent)
+            self._hearing.keep(session.id, Heard(request.messages, dialogue, setting.digest, place.keys, len(data)))
+        ask = Ask(dialect.name, request, body, dialogue, setting, place, chain)
+        job = replace(await self._upstream.prepare(ask), tools=tools)
+        work = _Work(dialect, ask, job, session, started)
         if request.stream:
             return await self._stream(http, work, answer)
         choices = await self._speak(work, _nothing)

@@ -1,6 +1,5 @@
 """OpenAI's chat completions."""
 
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from baltoro.agent.engine import Sampled
 from baltoro.chat.parse import ArgumentsDelta, CallBegun, CallEnded, ContentDelta, Event, Malformed, ReasoningDelta
 from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.chat_request import ChatRequest
-from baltoro.rollout.gateway.dialect import Spell, event
+from baltoro.rollout.gateway.dialect import Spell, event, fresh
 from baltoro.rollout.gateway.errors import ApiError, validated
 
 
@@ -98,7 +97,7 @@ class ChatStream:
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": job.model}
+    return {"id": f"chatcmpl-{fresh()}", "object": kind, "created": int(time.time()), "model": job.model}
 
 
 def _usage(job: Job, choices: Sequence[Choice]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What a dialect does: one way to ask for an answer over HTTP and to be told it."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -45,3 +46,8 @@ class Dialect(Protocol):
 def event(body: dict[str, Any], name: str = "") -> bytes:
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def fresh() -> str:
+    """24 hexadecimal digits that name something; nobody has to guess them."""
+    return f"{random.getrandbits(96):024x}"

@@ -33,6 +33,9 @@ class Dialogue:
     places: dict[str, str]
 
 
+NOTHING = Dialogue([], {}, {})
+
+
 def read_tools(tools: Sequence[FunctionTool]) -> list[ToolSpec]:
     """Raises ApiError 400 for a name that comes twice and a schema that is none."""
     specs: list[ToolSpec] = []
@@ -52,25 +55,35 @@ def read_tools(tools: Sequence[FunctionTool]) -> list[ToolSpec]:
     return specs
 
 
-def read_dialogue(turns: Sequence[AnyTurn], written: Container[str] = ()) -> Dialogue:
+def read_dialogue(
+    turns: Sequence[AnyTurn], written: Container[str] = (), known: Dialogue = NOTHING, same: int = 0
+) -> Dialogue:
     """Raises ApiError 400, naming the message and its fault.
 
     K2.5 knows tool calls as functions.name:index. Ids that another server made are replaced by the like, counted
     through the dialogue; those of this form, and those that the model is known to have `written`, stay as they are
-    (model.md section 3.11).
+    (model.md section 3.11). The first turns, so many as are the `same`, were read before into `known`.
     """
-    reader = _Reader(written)
-    said = [reader.read(turn, f"messages.{i}") for i, turn in enumerate(turns)]
-    return Dialogue(said, reader.files, reader.places)
+    reader = _Reader(written, known)
+    for turn, said in zip(turns[:same], known.said, strict=False):
+        reader.again(turn, said)
+    new = [reader.read(turn, f"messages.{i}") for i, turn in enumerate(turns[same:], start=same)]
+    return Dialogue(known.said[:same] + new, reader.files, reader.places)
 
 
 class _Reader:
-    def __init__(self, written: Container[str]) -> None:
+    def __init__(self, written: Container[str], known: Dialogue) -> None:
         self._written = written
         self._calls = 0
         self._ids: dict[str, str] = {}
-        self.files: dict[str, bytes] = {}
-        self.places: dict[str, str] = {}
+        self.files = dict(known.files)
+        self.places = dict(known.places)
+
+    def again(self, turn: AnyTurn, said: Said) -> None:
+        if isinstance(turn, AssistantTurn):
+            for call, known in zip(turn.tool_calls or (), said.calls, strict=True):
+                self._ids[call.id] = known.id
+                self._calls += 1
 
     def read(self, turn: AnyTurn, place: str) -> Said:
         name = turn.name or ""

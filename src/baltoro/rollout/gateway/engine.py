@@ -1,7 +1,9 @@
 """Answers from an engine: the gateway renders, the engine reads ids and draws ids."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 
 from baltoro.agent.engine import Sampling, StreamingEngine
 from baltoro.agent.loop import derive_seed
@@ -16,6 +18,8 @@ from baltoro.rollout.gateway.rendering import Rendering
 from baltoro.rollout.gateway.said import BrokenMedia
 from baltoro.rollout.gateway.upstream import Ask
 
+_PREPARED_AT_ONCE = 2
+
 
 class EngineUpstream:
     """The engine must be running; it is asked in the role that the request names as its model."""
@@ -23,10 +27,17 @@ class EngineUpstream:
     def __init__(self, engine: StreamingEngine, tokenizer: Tokenizer, media: MediaSpec, max_len: int) -> None:
         self.rendering = Rendering(tokenizer, media)
         self.max_len = max_len
+        self.exact = True
         self._engine = engine
+        # Not asyncio's own few threads: a program's blocking tools may hold all of them.
+        self._threads = ThreadPoolExecutor(_PREPARED_AT_ONCE, "gateway prepare")
         self._tokenizer = tokenizer
 
-    def prepare(self, ask: Ask) -> Job:
+    async def prepare(self, ask: Ask) -> Job:
+        """In a thread: decoding and encoding let other threads run meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, ask)
+
+    def _prepare(self, ask: Ask) -> Job:
         request, limit = ask.request, self.max_len
         try:
             prompt = self._prompt(ask, limit - 1)

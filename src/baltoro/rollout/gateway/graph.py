@@ -8,7 +8,8 @@ of a request takes one look-up for each message.
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, repeat
 
 from baltoro.agent.engine import Sampled
 from baltoro.rollout.gateway.said import Said, Setting, chained
@@ -48,8 +49,10 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a request stands in the graph: it goes on from call `parent`, and messages from `begin` on are new."""
+    """Where a request stands in the graph: it goes on from call `parent`, and messages from `begin` on are new.
+    keys: of each beginning of the dialogue; key: of the whole."""
 
+    keys: Sequence[bytes]
     key: bytes
     parent: int | None
     begin: int
@@ -70,37 +73,44 @@ class Session:
         self._passed: dict[bytes, int] = {}
         self._settings: set[bytes] = set()
 
-    def place(self, setting: Setting, said: Sequence[Said]) -> Place:
-        key, parent, begin = setting.digest, None, 0
-        for i, one in enumerate(said):
+    def place(self, setting: Setting, said: Sequence[Said], known: Sequence[bytes] = ()) -> Place:
+        """`known`: the keys of the first beginnings, where they have been computed before."""
+        keys = list(known)
+        key = keys[-1] if keys else setting.digest
+        for one in said[len(keys) :]:
             key = chained(key, one)
-            if one.role == "assistant" and key in self._ends:
-                parent, begin = self._ends[key], i + 1
+            keys.append(key)
+        parent, begin = None, 0
+        for i in reversed(range(len(said))):
+            if said[i].role == "assistant" and keys[i] in self._ends:
+                parent, begin = self._ends[keys[i]], i + 1
+                break
         fresh = not self.calls or (parent is not None and parent not in self._continued)
-        broke = "" if fresh else self._why(setting, said)
+        broke = "" if fresh else self._why(setting, said, keys)
         prompt = self._prompts.get(key)
         if prompt is not None:
             parent, begin = prompt.parent, len(said) - len(prompt.said)
-        return Place(key, parent, begin, broke, prompt)
+        return Place(keys, key, parent, begin, broke, prompt)
 
-    def fit(self, place: Place, ids: Sequence[int]) -> tuple[Place, Sequence[int]]:
+    def fit(self, place: Place, ids: Sequence[int]) -> "tuple[Place, array[int]]":
         """`ids`: of the whole prompt as the engine read it. Gives those that it adds to its parent; a prompt in which
         the recorded tokens do not stand again is put at the beginning, with the reason."""
+        read = array("i", ids)
         at = 0
         for call in self.chain(place.parent):
             for part in (call.prompt.ids, call.ids):
-                if array("i", ids[at : at + len(part)]) != part:
+                if read[at : at + len(part)] != part:
                     broke = f"the history was tokenised anew: behind token {at} it differs from what was recorded"
-                    return Place(place.key, None, 0, broke, None), ids
+                    return replace(place, parent=None, begin=0, broke=broke, prompt=None), read
                 at += len(part)
-        return place, ids[at:]
+        return place, read[at:] if at else read
 
     def add(
         self,
         place: Place,
         setting: Setting,
         said: Sequence[Said],
-        ids: Sequence[int],
+        added: "array[int]",
         sampled: Sequence[Sampled],
         answer: Said,
         finish: str,
@@ -108,8 +118,7 @@ class Session:
         started: float,
         ended: float,
     ) -> Call:
-        """`ids`: the tokens of the prompt behind the end of the parent."""
-        added = array("i", ids)
+        """`added`: the tokens of the prompt behind the end of the parent."""
         prompt = self._prompts.get(place.key)
         if prompt is None or (prompt.parent, prompt.ids) != (place.parent, added):
             prompt = Prompt(place.key, place.parent, len(self.calls), tuple(said[place.begin :]), added)
@@ -127,10 +136,11 @@ class Session:
             started,
             ended,
         )
-        self.restore(call)
+        self.restore(call, place.keys[len(place.keys) - len(prompt.said) :])
         return call
 
-    def restore(self, call: Call) -> None:
+    def restore(self, call: Call, keys: Sequence[bytes] = ()) -> None:
+        """`keys`: of the beginnings that the call's prompt adds, where they are known."""
         assert call.number == len(self.calls)
         self.calls.append(call)
         self.call_ids.update(one.id for one in call.answer.calls)
@@ -140,10 +150,10 @@ class Session:
         self._ends[end] = call.number
         self._settings.add(call.setting.digest)
         parent = call.prompt.parent
-        key = call.setting.digest if parent is None else self._end_keys[parent]
-        for one in call.prompt.said:
-            key = chained(key, one)
-            self._passed[key] = call.number
+        if not keys:
+            begin = call.setting.digest if parent is None else self._end_keys[parent]
+            keys = list(accumulate(call.prompt.said, chained, initial=begin))[1:]
+        self._passed.update(zip(keys, repeat(call.number)))
         self._passed[end] = call.number
         self._end_keys.append(end)
         if call.prompt.parent is not None:
@@ -161,21 +171,17 @@ class Session:
         """The calls from which no other goes on."""
         return [call for call in self.calls if call.number not in self._continued]
 
-    def _why(self, setting: Setting, said: Sequence[Said]) -> str:
+    def _why(self, setting: Setting, said: Sequence[Said], keys: Sequence[bytes]) -> str:
         """Against the recorded dialogue with which it has most in common."""
         if setting.digest not in self._settings:
             last = self.calls[-1].setting
             return "the thinking mode changed" if last.thinking != setting.thinking else "the tools changed"
-        key, number, common = setting.digest, None, 0
-        for one in said:
-            key = chained(key, one)
-            if key not in self._passed:
-                break
-            number, common = self._passed[key], common + 1
-        if number is None:
+        common = next((i for i, key in enumerate(keys) if key not in self._passed), len(keys))
+        if not common:
             return "the system prompt changed" if said[0].role == "system" else "a new dialogue began"
         if common == len(said):
-            return "the same prompt was asked again" if key in self._prompts else "the history was cut off"
+            return "the same prompt was asked again" if keys[-1] in self._prompts else "the history was cut off"
+        number = self._passed[keys[common - 1]]
         while number in self._continued:
             number = self._continued[number]
         old = [one.digest for one in _dialogue(self.chain(number))]

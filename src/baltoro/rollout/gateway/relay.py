@@ -1,8 +1,9 @@
-"""Answers from a chat endpoint that tells its token ids (vLLM's return_token_ids): requests pass through, and what the
-upstream says it read and drew is recorded."""
+"""Answers from a chat endpoint: requests pass through. Where it tells its token ids (vLLM's return_token_ids), what it
+says it read and drew is recorded; of any other endpoint the text alone, on which nothing can be trained."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import repeat
 from typing import Any
 
 import aiohttp
@@ -15,12 +16,17 @@ from baltoro.rollout.gateway.answer import FinishReason, Job, Step
 from baltoro.rollout.gateway.errors import ApiError
 from baltoro.rollout.gateway.rendering import Rendering
 from baltoro.rollout.gateway.upstream import Ask
+from baltoro.rollout.remote import events
 
 
 class Relay:
-    """`url`: with its /v1. Nothing else is ever asked: redirects are not followed. `run` must be entered."""
+    """`url`: with its /v1. Nothing else is ever asked: redirects are not followed. `run` must be entered.
+    tells_ids: that the endpoint knows return_token_ids."""
 
-    def __init__(self, url: str, key: str, max_len: int, rendering: Rendering | None = None) -> None:
+    def __init__(
+        self, url: str, key: str, max_len: int, *, tells_ids: bool = True, rendering: Rendering | None = None
+    ) -> None:
+        self.exact = tells_ids
         self.rendering = rendering
         self.max_len = max_len
         self._url = url.rstrip("/") + "/chat/completions"
@@ -35,7 +41,7 @@ class Relay:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._http:
             yield
 
-    def prepare(self, ask: Ask) -> Job:
+    async def prepare(self, ask: Ask) -> Job:
         """The prompt's ids are filled in when the upstream has told them."""
         if ask.request.n > 1:
             raise ApiError(400, "only one completion at once passes through", param="n")
@@ -45,24 +51,38 @@ class Relay:
         return self._spelled[token]
 
     async def speak(self, ask: Ask, job: Job, index: int) -> AsyncGenerator[Step]:
-        body = {**ask.body, "return_token_ids": True, "logprobs": True}
-        async with self._http.post(
-            self._url, data=orjson.dumps(body), headers=self._headers, allow_redirects=False
-        ) as response:
-            if response.status != 200:
-                raise await _refused(response)
+        body = (
+            dict(ask.body) if ask.dialect == "chat" else ask.request.model_dump(exclude_unset=True, exclude_none=True)
+        )
+        if self.exact:
+            body |= {"return_token_ids": True, "logprobs": True}
+        async with self._post(body) as response:
             if ask.request.stream:
                 reader = _Reader(job)
-                async for chunk in _events(response.content):
+                async for chunk in events(response.content):
                     if (step := reader.read(chunk)) is not None:
                         yield self._spelt(ask, chunk["choices"][0], step)
                 yield reader.end()
             else:
                 whole = orjson.loads(await response.read())
-                job.prompt.ids.extend(_ids(whole, "prompt_token_ids"))
                 choice = whole["choices"][0]
-                yield self._spelt(ask, choice, Step(_sampled(choice, whole), tuple(_said(choice["message"]))))
+                sampled = ()
+                if self.exact:
+                    job.prompt.ids.extend(_ids(whole, "prompt_token_ids"))
+                    sampled = _sampled(choice, whole)
+                yield self._spelt(ask, choice, Step(sampled, tuple(_said(choice["message"]))))
                 yield Step((), (), _finish(choice["finish_reason"]))
+
+    @asynccontextmanager
+    async def _post(self, body: Mapping[str, Any]) -> AsyncGenerator[aiohttp.ClientResponse]:
+        data = orjson.dumps(body)
+        try:
+            async with self._http.post(self._url, data=data, headers=self._headers, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise await _refused(response)
+                yield response
+        except aiohttp.ClientConnectionError as error:
+            raise ApiError(502, f"the upstream cannot be reached: {error}", code="upstream_failed") from None
 
     def _spelt(self, ask: Ask, choice: Mapping[str, Any], step: Step) -> Step:
         if ask.request.logprobs:
@@ -120,11 +140,11 @@ def _said(message: Mapping[str, Any]) -> list[Event]:
 
 def _sampled(choice: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Sampled, ...]:
     version = int(whole.get("weight_version") or 0)
-    entries = choice["logprobs"]["content"]
-    return tuple(
-        Sampled(token, entry["logprob"], version)
-        for token, entry in zip(_ids(choice, "token_ids"), entries, strict=True)
-    )
+    ids = _ids(choice, "token_ids")
+    logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    if len(ids) != len(logprobs):
+        raise ApiError(502, f"the upstream tells {len(ids)} token ids and {len(logprobs)} log-probabilities")
+    return tuple(map(Sampled, ids, logprobs, repeat(version)))
 
 
 def _ids(holder: Mapping[str, Any], name: str) -> Sequence[int]:
@@ -148,17 +168,3 @@ async def _refused(response: aiohttp.ClientResponse) -> ApiError:
     if 400 <= response.status < 500 and response.status not in (401, 403):
         return ApiError(response.status, text)
     return ApiError(502, f"the upstream answered {response.status}", code="upstream_failed")
-
-
-async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """The bodies of server-sent events up to [DONE]. Raises ConnectionError for a stream that ends without it."""
-    rest = b""
-    async for data in stream.iter_any():
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                body = line[5:].strip()
-                if body == b"[DONE]":
-                    return
-                yield orjson.loads(body)
-    raise ConnectionError("the upstream's stream was cut off")

@@ -1,6 +1,5 @@
 """OpenAI's responses. Nothing is kept under a response's id: the whole dialogue comes with every request."""
 
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
@@ -32,7 +31,7 @@ from baltoro.rollout.gateway.chat_request import (
     UserTurn,
     Wire,
 )
-from baltoro.rollout.gateway.dialect import Spell, event
+from baltoro.rollout.gateway.dialect import Spell, event, fresh
 from baltoro.rollout.gateway.errors import ApiError, validated
 
 
@@ -357,7 +356,7 @@ def _response(request: ChatRequest, job: Job, output: list[dict[str, Any]], choi
     """Without `choice`: as it stands at the beginning."""
     cut = choice is not None and choice.finish == "length"
     body: dict[str, Any] = {
-        "id": f"resp_{secrets.token_hex(12)}",
+        "id": f"resp_{fresh()}",
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress" if choice is None else "incomplete" if cut else "completed",
@@ -399,19 +398,19 @@ def _response(request: ChatRequest, job: Job, output: list[dict[str, Any]], choi
 
 def _reasoning(text: str) -> dict[str, Any]:
     content = [{"type": "reasoning_text", "text": text}]
-    return {"type": "reasoning", "id": f"rs_{secrets.token_hex(12)}", "summary": [], "content": content}
+    return {"type": "reasoning", "id": f"rs_{fresh()}", "summary": [], "content": content}
 
 
 def _text(text: str) -> dict[str, Any]:
     part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": []}
-    head = {"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "status": "completed"}
+    head = {"type": "message", "id": f"msg_{fresh()}", "role": "assistant", "status": "completed"}
     return {**head, "content": [part]}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {
         "type": "function_call",
-        "id": f"fc_{secrets.token_hex(12)}",
+        "id": f"fc_{fresh()}",
         "call_id": call.id,
         "name": call.name,
         "arguments": call.arguments,

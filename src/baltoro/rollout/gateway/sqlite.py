@@ -6,12 +6,14 @@ the write-ahead log is not synchronised to the disk at every commit.
 """
 
 import asyncio
+import contextlib
 import json
 import queue
 import sqlite3
 import threading
 from array import array
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -43,6 +45,7 @@ class SqliteStore:
         self._path = path
         self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._known: set[str] = set()
+        self._readers = ThreadPoolExecutor(1, "gateway store reader")
 
     def __enter__(self) -> Self:
         with self._connect() as connection:
@@ -57,6 +60,7 @@ class SqliteStore:
     def __exit__(self, *_: object) -> None:
         self._queue.put(None)
         self._writer.join()
+        self._readers.shutdown()
 
     async def save(self, session: str, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
         """Raises sqlite3.Error where the disk does not take it."""
@@ -65,12 +69,15 @@ class SqliteStore:
         self._queue.put(_Batch([_row(session, call) for call in calls], media, saved))
         await saved
 
-    def load(self, session: str) -> Session | None:
-        connection = self._connect()
-        try:
+    async def load(self, session: str) -> Session | None:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._load, session)
+
+    async def files(self, session: Session) -> Mapping[str, bytes]:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._files, session)
+
+    def _load(self, session: str) -> Session | None:
+        with contextlib.closing(self._connect()) as connection:
             rows = connection.execute("SELECT * FROM calls WHERE session = ? ORDER BY number", (session,)).fetchall()
-        finally:
-            connection.close()
         if not rows:
             return None
         found = Session(session)
@@ -78,14 +85,11 @@ class SqliteStore:
             found.restore(_call(row, found))
         return found
 
-    def files(self, session: Session) -> Mapping[str, bytes]:
+    def _files(self, session: Session) -> Mapping[str, bytes]:
         names = {media.hash for call in session.calls for one in call.prompt.said for media in one.media}
-        connection = self._connect()
-        try:
+        with contextlib.closing(self._connect()) as connection:
             rows = [connection.execute("SELECT hash, file FROM media WHERE hash = ?", (name,)) for name in names]
             return dict(row.fetchone() for row in rows)
-        finally:
-            connection.close()
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=60)

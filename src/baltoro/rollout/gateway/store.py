@@ -11,12 +11,12 @@ class Store(Protocol):
         """`files`: those of the dialogue's media, by hash. Returns when the calls are safe."""
         ...
 
-    def load(self, session: str) -> Session | None:
-        """A session as it was saved. Blocks."""
+    async def load(self, session: str) -> Session | None:
+        """A session as it was saved."""
         ...
 
-    def files(self, session: Session) -> Mapping[str, bytes]:
-        """Of all media in the session. Blocks."""
+    async def files(self, session: Session) -> Mapping[str, bytes]:
+        """Of all media in the session."""
         ...
 
 
@@ -30,8 +30,8 @@ class MemoryStore:
         for name, file in files.items():
             self._files.setdefault(name, file)
 
-    def load(self, session: str) -> Session | None:
+    async def load(self, session: str) -> Session | None:
         return None
 
-    def files(self, session: Session) -> Mapping[str, bytes]:
+    async def files(self, session: Session) -> Mapping[str, bytes]:
         return self._files

@@ -17,6 +17,7 @@ class Ask:
     """A request that was read. place: where its dialogue stands in the session, None where nothing is recorded;
     chain: the calls that it goes on from."""
 
+    dialect: str
     request: ChatRequest
     body: Mapping[str, Any]
     dialogue: Dialogue
@@ -32,12 +33,17 @@ class Upstream(Protocol):
         ...
 
     @property
+    def exact(self) -> bool:
+        """Whether the ids and log-probabilities that the model read and drew are known, and not the text alone."""
+        ...
+
+    @property
     def rendering(self) -> Rendering | None:
         """None where the model's media are not known here: then traces with media cannot be exported."""
         ...
 
-    def prepare(self, ask: Ask) -> Job:
-        """Checks the request and makes its prompt; may run in a thread. Raises ApiError 400."""
+    async def prepare(self, ask: Ask) -> Job:
+        """Checks the request and makes its prompt. Raises ApiError 400."""
         ...
 
     def speak(self, ask: Ask, job: Job, index: int) -> AsyncGenerator[Step]:
