@@ -45,8 +45,7 @@ def from_verifiers(taskset: Iterable[Any], name: str, version: str, limits: Limi
 
 
 def _marked(task: Any) -> list[Callable[..., Any]]:
-    kind: type[Any] = type(task)
-    methods: list[Any] = [getattr(task, name) for name in dir(kind) if not name.startswith("__")]
+    methods: list[Any] = [getattr(task, name) for name in dir(task.__class__) if not name.startswith("__")]
     return [m for m in methods if callable(m) and (hasattr(m, "reward") or hasattr(m, "metric"))]
 
 
