@@ -106,6 +106,8 @@ class Session:
         self._engine = engine
         self._stack = AsyncExitStack()
         self._world: World | None = None
+        self.turns: list[Turn] = []
+        self.trace: Trace | None = None
 
     @property
     def tools(self) -> list[ToolSpec]:
@@ -119,8 +121,8 @@ class Session:
         self._toolbox = {tool.spec.name: tool for tool in self._world.tools}
         self._task, self._seed, self._begin = task, seed, time.monotonic()
         self._messages = list(self._world.opening)
-        self.turns: list[Turn] = []
-        self.trace: Trace | None = None
+        self.turns = []
+        self.trace = None
         return tuple(self._messages)
 
     async def step(self, action: Message) -> Step:

@@ -49,7 +49,7 @@ class FunctionTool:
             fields[parameter.name] = (hints[parameter.name], described)
         self._model = create_model(name, **fields)
         schema: dict[str, object] = {"type": "object", "properties": {}}
-        schema |= _untitled(self._model.model_json_schema())
+        schema |= untitled(self._model.model_json_schema())
         self.spec = ToolSpec(name, " ".join(summary.split()), schema)
 
     async def call(self, arguments: dict[str, object], context: CallContext) -> ToolResult:
@@ -89,19 +89,19 @@ def _is_part(value: object) -> bool:
     return isinstance(value, str | Image | Clip | Video)
 
 
-def _untitled(schema: dict[str, Any]) -> dict[str, Any]:
+def untitled(schema: dict[str, Any]) -> dict[str, Any]:
     """Without the titles that pydantic invents; a parameter may be called title."""
     out: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "title":
             continue
         if key in ("properties", "$defs"):
-            out[key] = {name: _untitled(below) for name, below in value.items()}
+            out[key] = {name: untitled(below) for name, below in value.items()}
         elif isinstance(value, dict):
-            out[key] = _untitled(cast(dict[str, Any], value))
+            out[key] = untitled(cast(dict[str, Any], value))
         elif isinstance(value, list):
             items = cast(list[Any], value)
-            out[key] = [_untitled(cast(dict[str, Any], v)) if isinstance(v, dict) else v for v in items]
+            out[key] = [untitled(cast(dict[str, Any], v)) if isinstance(v, dict) else v for v in items]
         elif key == "const":
             out["enum"] = [value]
         elif not (key == "default" and value is None):

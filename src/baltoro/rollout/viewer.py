@@ -6,7 +6,6 @@ nodes only; the content security policy is a second wall.
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,11 +15,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PillowImage
-
 from baltoro.agent.trace import Trace, Turn
 from baltoro.chat.media import pixels_of
 from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part
+from baltoro.rollout.pictures import data_uri
 from baltoro.rollout.record import Json, Record, Recording
 from baltoro.rollout.verify import verify
 
@@ -139,9 +137,7 @@ class _View:
     def _picture(self, pixels: Any) -> str:
         name = hashlib.blake2b(pixels.tobytes() + repr(pixels.shape).encode(), digest_size=8).hexdigest()
         if name not in self._pictures:
-            buffer = io.BytesIO()
-            PillowImage.fromarray(pixels).save(buffer, "PNG")
-            self._pictures[name] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            self._pictures[name] = data_uri(pixels)
         return name
 
 
