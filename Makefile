@@ -15,6 +15,10 @@ demo: .venv/installed ## train and evaluate the miniature K2.5, write its report
 	$(BIN)/baltoro recipe configs/nano.toml
 
 test: .venv/installed ## run all tests
+	@test -x /usr/bin/chromium || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium; fi; \
+	} || true
+	@test -x /usr/bin/chromium || echo 'make: without /usr/bin/chromium the browser tests are skipped; run: sudo apt-get install chromium' >&2
 	$(BIN)/python -m pytest -q
 
 lint: .venv/installed ## style, types and import rules
