@@ -34,19 +34,22 @@ class Command:
 
 
 def _recipe(file: Path, overrides: Sequence[str]) -> None:
-    from baltoro.recipe import RecipeConfig, run_recipe
+    from baltoro.recipe.commands import run_recipe
+    from baltoro.recipe.settings import RecipeConfig
 
     run_recipe(config.load(file, overrides, RecipeConfig))
 
 
 def _ablate(file: Path, overrides: Sequence[str]) -> None:
-    from baltoro.recipe import RecipeConfig, ablate_parl
+    from baltoro.recipe.commands import ablate_parl
+    from baltoro.recipe.settings import RecipeConfig
 
     ablate_parl(config.load(file, overrides[1:], RecipeConfig))
 
 
 def _report(file: Path, overrides: Sequence[str]) -> None:
-    from baltoro.recipe import RecipeConfig, write_report
+    from baltoro.recipe.commands import write_report
+    from baltoro.recipe.settings import RecipeConfig
 
     write_report(config.load(file, overrides, RecipeConfig))
 
@@ -75,7 +78,8 @@ def _convert(source: Path, words: Sequence[str]) -> None:
 
 
 def _serve(target: Path, overrides: Sequence[str]) -> None:
-    from baltoro.recipe import RecipeConfig, open_run
+    from baltoro.recipe.commands import open_run
+    from baltoro.recipe.settings import RecipeConfig
     from baltoro.serve.load import ServeConfig, open_release, serve_model
 
     settings = config.from_overrides(overrides, ServeConfig)

@@ -29,7 +29,8 @@ from baltoro.model.config import NANO, Yarn
 from baltoro.model.convert import save_release
 from baltoro.model.init import initialise
 from baltoro.model.kimi import KimiK25
-from baltoro.recipe import RecipeConfig, open_run
+from baltoro.recipe.commands import open_run
+from baltoro.recipe.settings import RecipeConfig
 from baltoro.serve.load import Loaded, ServeConfig, open_release
 from baltoro.serve.local import LocalEngine
 from baltoro.train.state import Progress, save_state
