@@ -26,6 +26,7 @@ TINY = [
     "pretrain.tokens=512",
     "longctx.stage.steps=2",
     "longctx.stage.tokens=512",
+    "longctx.stage.recompute=true",
     "sft.steps=3",
     "sft.tokens=512",
     "rl.iterations=2",

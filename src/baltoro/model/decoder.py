@@ -1,6 +1,7 @@
 """The K2 language model."""
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from baltoro.model.attention import MLA, CachePlan
 from baltoro.model.config import TextConfig
@@ -38,12 +39,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        self.recompute = False
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        """x [T, dim] embeddings of packed documents -> normed states [T, dim]."""
+        """x [T, dim] embeddings of packed documents -> normed states [T, dim]. With `recompute` a layer keeps its input
+        alone, and the backward pass computes the rest again; routers then count their load twice, which moves no bias
+        elsewhere, for only the sign of its deviation counts."""
         rotation = rotations(segments.positions, self.inv_freq, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotation, segments)
+            if self.recompute:
+                x = checkpoint(layer, x, rotation, segments, use_reentrant=False)
+            else:
+                x = layer(x, rotation, segments)
         return self.norm(x)
 
     def extend(self, x: Tensor, cache: list[Tensor], plan: CachePlan) -> Tensor:

@@ -22,7 +22,8 @@ from baltoro.train.state import Progress, load_state, save_state
 @dataclass(frozen=True)
 class StageConfig:
     """steps of `tokens` tokens each at peak learning rate `lr`. shares: share of tokens per data source. trains: name
-    prefixes of the parameters that learn."""
+    prefixes of the parameters that learn. recompute: activation checkpointing of the language model, layer by layer; less
+    memory for a third more arithmetic."""
 
     steps: int
     tokens: int
@@ -35,6 +36,7 @@ class StageConfig:
     weight_decay: float = 0.1
     balance_rate: float = 1e-3
     save_every_s: float = 20.0
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def run_stage(
         if progress.step == config.steps:
             return progress
     model.train()
+    model.language_model.model.recompute = config.recompute
     begin = time.monotonic() - progress.seconds
     saved = time.monotonic()
     tokens = progress.tokens
