@@ -22,8 +22,8 @@ from baltoro.train.state import Progress, load_state, save_state
 @dataclass(frozen=True)
 class StageConfig:
     """steps of `tokens` tokens each at peak learning rate `lr`. shares: share of tokens per data source. trains: name
-    prefixes of the parameters that learn. recompute: activation checkpointing of the language model, layer by layer; less
-    memory for a third more arithmetic."""
+    prefixes of the parameters that learn. recompute: activation checkpointing of the language model, layer by layer:
+    half the memory for a fifth more time at 100M parameters."""
 
     steps: int
     tokens: int
