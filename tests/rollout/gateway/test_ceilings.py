@@ -204,7 +204,7 @@ def _two_dialogues(draw: st.DrawFn) -> tuple[list[AnyTurn], list[AnyTurn]]:
 def test_what_was_read_before_is_as_if_it_were_read_again(dialogues: tuple[list[AnyTurn], list[AnyTurn]]) -> None:
     old, new = dialogues
     before = read_dialogue(old)
-    same = Heard(old, before, b"", [], 0).same(new)
+    same = Heard(old, before, b"", []).same(new)
     assert old[:same] == new[:same]
     assert read_dialogue(new, (), before, same).said == read_dialogue(new, (), NOTHING).said
 

@@ -27,8 +27,9 @@ from baltoro.rollout.gateway.dialect import Dialect
 from baltoro.rollout.gateway.dialogue import NOTHING, read_dialogue, read_tools
 from baltoro.rollout.gateway.errors import ApiError, read_object
 from baltoro.rollout.gateway.graph import Session
-from baltoro.rollout.gateway.heard import Heard, Hearing
+from baltoro.rollout.gateway.heard import Heard
 from baltoro.rollout.gateway.metrics import Metrics
+from baltoro.rollout.gateway.recent import Recent
 from baltoro.rollout.gateway.replay import Replays, Told
 from baltoro.rollout.gateway.responses import Responses
 from baltoro.rollout.gateway.said import Said, Setting
@@ -39,6 +40,7 @@ from baltoro.rollout.gateway.upstream import Ask, Upstream
 _log = logging.getLogger(__name__)
 _DIALECTS: dict[str, Dialect] = {"chat/completions": Chat(), "messages": Anthropic(), "responses": Responses()}
 _ADMINS = re.compile(r"/admin/.*|/sessions/[^/]*")
+_HEARD_BYTES = 2**28
 _SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -77,7 +79,7 @@ class Api:
         self._config = config
         self._store = store or MemoryStore()
         self._sessions: dict[str, Session] = {}
-        self._hearing = Hearing()
+        self._heard = Recent[Heard](_HEARD_BYTES)
         self._replays: dict[str, Replays] = {}
         self._created = int(time.time())
         self._running = Counter[str]()  # completions, by API key
@@ -270,15 +272,16 @@ class Api:
         if session is None:
             dialogue = read_dialogue(request.messages)
         else:
-            heard = self._hearing.last(session.id)
+            heard = self._heard.get(session.id)
             same = heard.same(request.messages) if heard else 0
             known = heard.dialogue if heard else NOTHING
             dialogue = read_dialogue(request.messages, session.call_ids, known, same)
             keys = heard.keys[:same] if heard and heard.setting == setting.digest else ()
             place = session.place(setting, dialogue.said, keys)
             chain = session.chain(place.parent)
-            self._hearing.keep(session.id, Heard(request.messages, dialogue, setting.digest, place.keys, len(data)))
-        ask = Ask(dialect.name, request, body, dialogue, setting, place, chain)
+            new = Heard(request.messages, dialogue, setting.digest, place.keys)
+            self._heard.keep(session.id, new, len(data))
+        ask = Ask(session.id if session else "", dialect.name, request, body, dialogue, setting, place, chain)
         job = replace(await self._upstream.prepare(ask), tools=tools)
         work = _Work(dialect, ask, job, session, started)
         if request.stream:
@@ -337,11 +340,11 @@ class Api:
     async def _record(self, work: _Work, choices: Sequence[Choice]) -> None:
         """Returns when the answers are safe; only then may the client learn that they ended."""
         metrics, ask = self.metrics, work.ask
-        metrics.tokens["prompt"] += len(work.job.prompt.ids)
+        metrics.tokens["prompt"] += len(work.job.read)
         metrics.tokens["completion"] += sum(len(choice.sampled) for choice in choices)
         if work.session is None or ask.place is None:
             return
-        place, added = work.session.fit(ask.place, work.job.prompt.ids)
+        place, added = work.session.fit(ask.place, work.job.read)
         now = time.time()
         calls = [
             work.session.add(
