@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from baltoro.agent.engine import Sampled
 from baltoro.rollout.gateway.api import Api, ApiConfig
-from baltoro.rollout.gateway.graph import Call, Session
+from baltoro.rollout.gateway.graph import Call, Session, extending
 from baltoro.rollout.gateway.relay import Relay
 from baltoro.rollout.gateway.said import Said, Setting
 from baltoro.rollout.gateway.sqlite import SqliteStore
@@ -75,6 +75,17 @@ def test_equal_beginnings_hang_on_one_prompt() -> None:
         ask(session, dialogue("u", "v", f"{i}"), [*range(100), 1000 + i])
     assert session.calls[-1].prompt.base is session.calls[0].prompt
     assert stored(session) == (2 + 1000, 100 + 1000)
+
+
+def test_more_tokens_may_be_shared_than_messages_say() -> None:
+    """The third shares one message with the second and three tokens; the second, two and one with the first."""
+    x, y, z, w, v, q = dialogue(*"xyzwvq")
+    first = extending(None, b"", None, 0, [x, y, z], array("i", [1, 2, 3]))
+    second = extending(first, b"", None, 1, [x, y, w, v], array("i", [1, 5, 6, 7]))
+    third = extending(second, b"", None, 2, [x, q], array("i", [1, 5, 6, 8]))
+    assert (third.same_said, third.same_ids, third.base) == (1, 3, second)
+    assert (third.said, third.ids.tolist()) == ((x, q), [1, 5, 6, 8])
+    assert second.said == (x, y, w, v)
 
 
 @given(st.lists(st.lists(st.sampled_from("ab"), min_size=1, max_size=7), min_size=1, max_size=12))

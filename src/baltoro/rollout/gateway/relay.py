@@ -24,8 +24,8 @@ from baltoro.rollout.gateway.upstream import Ask
 from baltoro.rollout.remote import events
 
 _TOLD_BYTES = 2**28
-# Inside a string the closing quote would have a backslash, and so would the opening one.
-_PROMPT_IDS = re.compile(rb'(?<!\\)"prompt_token_ids"\s*:\s*\[')
+# A key, never the text of a string: there the closing quote would have a backslash before it.
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids"\s*:\s*\[')
 
 
 class Relay:
