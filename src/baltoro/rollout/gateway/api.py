@@ -38,7 +38,8 @@ from baltoro.rollout.gateway.traces import session_json, session_traces
 from baltoro.rollout.gateway.upstream import Ask, Upstream
 
 _log = logging.getLogger(__name__)
-_DIALECTS: dict[str, Dialect] = {"chat/completions": Chat(), "messages": Anthropic(), "responses": Responses()}
+_CHAT = Chat()
+_DIALECTS: dict[str, Dialect] = {"chat/completions": _CHAT, "messages": Anthropic(), "responses": Responses()}
 _ADMINS = re.compile(r"/admin/.*|/sessions/[^/]*")
 _HEARD_BYTES = 2**28
 _SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
@@ -262,7 +263,9 @@ class Api:
 
         # A thread would hold the interpreter's lock for as long, and cost its changes of hands besides.
         body = read_object(data)
-        request = dialect.read(body)
+        heard = self._heard.get(session.id) if session else None
+        chat = dialect is _CHAT
+        request = dialect.read(heard.known(body) if heard and chat else body)
         self._check_model(request.model)
         count(request.n - 1)
 
@@ -272,14 +275,14 @@ class Api:
         if session is None:
             dialogue = read_dialogue(request.messages)
         else:
-            heard = self._heard.get(session.id)
             same = heard.same(request.messages) if heard else 0
             known = heard.dialogue if heard else NOTHING
             dialogue = read_dialogue(request.messages, session.call_ids, known, same)
             keys = heard.keys[:same] if heard and heard.setting == setting.digest else ()
             place = session.place(setting, dialogue.said, keys)
             chain = session.chain(place.parent)
-            new = Heard(request.messages, dialogue, setting.digest, place.keys)
+            told = body["messages"] if chat else ()
+            new = Heard(told, request.messages, dialogue, setting.digest, place.keys)
             self._heard.keep(session.id, new, len(data))
         ask = Ask(session.id if session else "", dialect.name, request, body, dialogue, setting, place, chain)
         job = replace(await self._upstream.prepare(ask), tools=tools)
