@@ -114,6 +114,7 @@ class Place:
 class Session:
     def __init__(self, id: str) -> None:
         self.id = id
+        self.size = 0  # bytes in memory, roughly
         self.calls: list[Call] = []
         self.call_ids: set[str] = set()
         self._prompts: dict[bytes, Prompt] = {}
@@ -200,6 +201,7 @@ class Session:
         end = chained(call.prompt.key, call.answer)
         self._ends[end] = call.number
         self._settings.add(call.setting.digest)
+        self.size += _size(call)
         parent = call.prompt.parent
         if not keys:
             begin = call.setting.digest if parent is None else self._end_keys[parent]
@@ -255,6 +257,15 @@ def _dialogue(calls: Sequence[Call]) -> Iterator[Said]:
     for call in calls:
         yield from call.prompt.said
         yield call.answer
+
+
+def _size(call: Call) -> int:
+    """Objects and table rows count 500 bytes each."""
+    new = call.prompt if call.prompt.first == call.number else None
+    said = [call.answer, *(new.new_said if new else ())]
+    texts = sum(len(part) for one in said for part in (*one.content, one.reasoning) if isinstance(part, str))
+    arguments = sum(len(one.arguments) for turn in said for one in turn.calls)
+    return 500 * (2 + len(said)) + texts + arguments + 16 * len(call.ids) + (4 * len(new.new_ids) if new else 0)
 
 
 def _common(old: Sequence[Said], new: Sequence[Said]) -> int:

@@ -68,18 +68,23 @@ class SqliteStore:
         self._writer.join()
         self._readers.shutdown()
 
-    async def save(self, session: str, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
+    async def save(self, session: Session, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
         """Raises sqlite3.Error where the disk does not take it."""
-        saved = asyncio.get_running_loop().create_future()
         media = [(name, file) for name, file in files.items() if name not in self._known]
-        self._queue.put(_Batch([_row(session, call) for call in calls], media, saved))
-        await saved
+        await self._put([_row(session.id, call) for call in calls], media)
 
     async def load(self, session: str) -> Session | None:
+        # Somebody may have begun to save and left without waiting for it.
+        await self._put([], [])
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._load, session)
 
     async def files(self, session: Session) -> Mapping[str, bytes]:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._files, session)
+
+    async def _put(self, calls: list[tuple[Any, ...]], media: list[tuple[str, bytes]]) -> None:
+        saved = asyncio.get_running_loop().create_future()
+        self._queue.put(_Batch(calls, media, saved))
+        await saved
 
     def _load(self, session: str) -> Session | None:
         with contextlib.closing(self._connect()) as connection:
