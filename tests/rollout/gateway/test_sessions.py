@@ -91,14 +91,23 @@ async def test_what_is_asked_at_once_is_one_session(tmp_path: Path) -> None:
             )
 
 
-async def test_the_longest_idle_is_forgotten_first_and_none_in_use() -> None:
+async def test_the_longest_idle_is_forgotten_first() -> None:
     """A session counts as much as the texts of its calls, and something for each."""
-    store = MemoryStore()
+    loaded: list[str] = []
+
+    class Told(MemoryStore):
+        async def load(self, session: str) -> Session | None:
+            loaded.append(session)
+            return await super().load(session)
+
     engine = ScriptedEngine(T, lambda prompt, role: completion_text("x"))
-    async with serving(engine, 12_000, store) as (_, http):
-        for name in "abc":
+    async with serving(engine, 12_000, Told()) as (_, http):
+        for name in "abac":
             await say(http, "u" * 500, session=name)  # with as many tokens of 4 bytes and its objects: some 5 kB each
         assert await held(http) == 2
+        for name in "acb":
+            await say(http, "u" * 500, session=name)
+    assert loaded == ["a", "b", "c", "b"]
 
 
 async def test_a_session_in_use_is_the_same_object_for_all() -> None:
