@@ -399,7 +399,8 @@ def running(
     command: list[str], core: int, scratch: str, healthy: Callable[[], bool]
 ) -> Iterator[subprocess.Popen[bytes]]:
     log = Path(scratch) / "log"
-    environment = {**os.environ, "LITELLM_LOG": "ERROR", "PYTHONWARNINGS": "ignore"}
+    ours = {"PYTHONPATH": str(HERE.parents[1] / "src")}  # this checkout, wherever the package is installed from
+    environment = {**os.environ, **ours, "LITELLM_LOG": "ERROR", "PYTHONWARNINGS": "ignore"}
     with (
         log.open("wb") as output,
         subprocess.Popen(

@@ -177,6 +177,22 @@ async def test_a_turn_reads_what_it_adds_and_not_the_history(monkeypatch: pytest
             messages += [answer, {"role": "user", "content": f"u{turn}"}]
 
 
+async def test_what_stands_behind_a_known_history_is_checked_and_so_is_what_changed_in_it() -> None:
+    async with serving(gateway(engine())) as url, ClientSession(url) as http:
+
+        async def say(*messages: Any) -> tuple[int, Any]:
+            body = {**ASK, "messages": messages}
+            async with http.post("/sessions/s/v1/chat/completions", json=body) as response:
+                return response.status, (await response.json()).get("error", {}).get("param")
+
+        one, two, bad = ({"role": "user", "content": content} for content in ("a", "b", 5))
+        assert await say(one, two) == (200, None)
+        assert await say(one, two, bad) == (400, "messages.2.content")
+        assert await say(one, bad) == (400, "messages.1.content")
+        assert await say(one, two, {**two, "role": "assistant"}, one) == (200, None)
+        assert await say({**one, "x": 1}, two) == (400, "messages.0.x")
+
+
 def _turn(draw: st.DrawFn, i: int) -> AnyTurn:
     text = draw(st.sampled_from(["a", "b"]))
     match draw(st.integers(0, 2)):
@@ -204,7 +220,7 @@ def _two_dialogues(draw: st.DrawFn) -> tuple[list[AnyTurn], list[AnyTurn]]:
 def test_what_was_read_before_is_as_if_it_were_read_again(dialogues: tuple[list[AnyTurn], list[AnyTurn]]) -> None:
     old, new = dialogues
     before = read_dialogue(old)
-    same = Heard(old, before, b"", [], 0).same(new)
+    same = Heard((), old, before, b"", []).same(new)
     assert old[:same] == new[:same]
     assert read_dialogue(new, (), before, same).said == read_dialogue(new, (), NOTHING).said
 

@@ -332,7 +332,7 @@ def test_the_store_commits_batches_in_one_thread(tmp_path: Path) -> None:
             ]
             async with asyncio.TaskGroup() as group:
                 for call in calls:
-                    group.create_task(store.save("s", [call], {}))
+                    group.create_task(store.save(session, [call], {}))
 
     asyncio.run(save())
     assert len(commits) < 50

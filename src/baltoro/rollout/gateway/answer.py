@@ -3,6 +3,7 @@
 The streamed and the whole form are made of the same events, so they never differ.
 """
 
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -29,10 +30,12 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What a request asks for. `samplings`: one for each choice. `calls`: how many tool calls it admits."""
+    """What a request asks for. `read`: the ids of the prompt; a relay learns them with the answer. `prompt`: what is
+    to be read, where it is known before. `samplings`: one for each choice. `calls`: how many tool calls it admits."""
 
     model: str
     prompt: TokenSequence
+    read: "array[int]"
     samplings: Sequence[Sampling]
     tools: Sequence[ToolSpec]
     thinking: bool

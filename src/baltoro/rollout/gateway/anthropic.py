@@ -297,7 +297,7 @@ def _message(job: Job) -> dict[str, Any]:
 
 
 def _usage(job: Job) -> dict[str, Any]:
-    return {"input_tokens": len(job.prompt.ids)}
+    return {"input_tokens": len(job.read)}
 
 
 def _tool_use(call: ToolCall) -> dict[str, Any]:

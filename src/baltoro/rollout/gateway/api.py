@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,18 +27,22 @@ from baltoro.rollout.gateway.dialect import Dialect
 from baltoro.rollout.gateway.dialogue import NOTHING, read_dialogue, read_tools
 from baltoro.rollout.gateway.errors import ApiError, read_object
 from baltoro.rollout.gateway.graph import Session
-from baltoro.rollout.gateway.heard import Heard, Hearing
+from baltoro.rollout.gateway.heard import Heard
 from baltoro.rollout.gateway.metrics import Metrics
-from baltoro.rollout.gateway.replay import Replays, Told
+from baltoro.rollout.gateway.recent import Recent
+from baltoro.rollout.gateway.replay import Told
 from baltoro.rollout.gateway.responses import Responses
 from baltoro.rollout.gateway.said import Said, Setting
+from baltoro.rollout.gateway.sessions import Held, Sessions
 from baltoro.rollout.gateway.store import MemoryStore, Store
 from baltoro.rollout.gateway.traces import session_json, session_traces
 from baltoro.rollout.gateway.upstream import Ask, Upstream
 
 _log = logging.getLogger(__name__)
-_DIALECTS: dict[str, Dialect] = {"chat/completions": Chat(), "messages": Anthropic(), "responses": Responses()}
+_CHAT = Chat()
+_DIALECTS: dict[str, Dialect] = {"chat/completions": _CHAT, "messages": Anthropic(), "responses": Responses()}
 _ADMINS = re.compile(r"/admin/.*|/sessions/[^/]*")
+_HEARD_BYTES = 2**28
 _SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -46,7 +50,8 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @dataclass(frozen=True)
 class ApiConfig:
     """`name`: of the model. `max_choices`: completions at once, those that wait for the engine included; more are
-    answered with 429. `max_key_choices`: the same for one API key. `max_body`: bytes. Without `api_keys` none is asked
+    answered with 429. `max_key_choices`: the same for one API key. `max_body`: bytes. `max_held`: bytes of idle
+    sessions in memory; where there is a store, it gives back the others. Without `api_keys` none is asked
     for. `admin_key` opens what is not for agents: pause, resume, drain and the recorded sessions; empty, nothing
     does."""
 
@@ -55,6 +60,7 @@ class ApiConfig:
     max_body: int
     api_keys: tuple[str, ...] = ()
     max_key_choices: int | None = None
+    max_held: int = 2**30
     admin_key: str = field(default="", repr=False)
 
 
@@ -76,9 +82,8 @@ class Api:
         self._upstream = upstream
         self._config = config
         self._store = store or MemoryStore()
-        self._sessions: dict[str, Session] = {}
-        self._hearing = Hearing()
-        self._replays: dict[str, Replays] = {}
+        self._sessions = Sessions(self._store, config.max_held)
+        self._heard = Recent[Heard](_HEARD_BYTES)
         self._created = int(time.time())
         self._running = Counter[str]()  # completions, by API key
         self._idle = asyncio.Event()
@@ -115,13 +120,15 @@ class Api:
         await self._idle.wait()
 
     async def session(self, id: str) -> Session:
+        """To be read. Raises ApiError 400 for what is no session's id."""
+        async with self._using(id) as held:
+            return held.session
+
+    def _using(self, id: str) -> AbstractAsyncContextManager[Held]:
         """Raises ApiError 400 for what is no session's id."""
         if not _SESSION_ID.fullmatch(id):
             raise ApiError(400, "a session's id has 1 to 128 letters, digits and . _ ~ -", param="session")
-        if id not in self._sessions:
-            found = await self._store.load(id)
-            self._sessions.setdefault(id, found or Session(id))
-        return self._sessions[id]
+        return self._sessions.using(id)
 
     async def traces(self, id: str, *, trainable: bool = True) -> tuple[Trace, ...]:
         """What was recorded, for the trainer. Raises ValueError for a session that made no call."""
@@ -237,14 +244,13 @@ class Api:
             data = await http.read()
             if "session" not in http.match_info:
                 return await self._say(http, dialect, data, None, count, None)
-            session = await self.session(http.match_info["session"])
-            replays = self._replays.setdefault(session.id, Replays())
-            told = await replays.find(http.path, data, http.headers)
-            if told is not None:
-                self.metrics.replayed += 1
-                return web.Response(body=told.body, content_type=told.kind)
-            async with replays.answering(http.path, data, http.headers) as answer:
-                return await self._say(http, dialect, data, session, count, answer)
+            async with self._using(http.match_info["session"]) as held:
+                told = await held.replays.find(http.path, data, http.headers)
+                if told is not None:
+                    self.metrics.replayed += 1
+                    return web.Response(body=told.body, content_type=told.kind)
+                async with held.replays.answering(http.path, data, http.headers) as answer:
+                    return await self._say(http, dialect, data, held.session, count, answer)
 
     async def _say(
         self,
@@ -260,7 +266,9 @@ class Api:
 
         # A thread would hold the interpreter's lock for as long, and cost its changes of hands besides.
         body = read_object(data)
-        request = dialect.read(body)
+        heard = self._heard.get(session.id) if session else None
+        chat = dialect is _CHAT
+        request = dialect.read(heard.known(body) if heard and chat else body)
         self._check_model(request.model)
         count(request.n - 1)
 
@@ -270,15 +278,16 @@ class Api:
         if session is None:
             dialogue = read_dialogue(request.messages)
         else:
-            heard = self._hearing.last(session.id)
             same = heard.same(request.messages) if heard else 0
             known = heard.dialogue if heard else NOTHING
             dialogue = read_dialogue(request.messages, session.call_ids, known, same)
             keys = heard.keys[:same] if heard and heard.setting == setting.digest else ()
             place = session.place(setting, dialogue.said, keys)
             chain = session.chain(place.parent)
-            self._hearing.keep(session.id, Heard(request.messages, dialogue, setting.digest, place.keys, len(data)))
-        ask = Ask(dialect.name, request, body, dialogue, setting, place, chain)
+            told = body["messages"] if chat else ()
+            new = Heard(told, request.messages, dialogue, setting.digest, place.keys)
+            self._heard.keep(session.id, new, len(data))
+        ask = Ask(session.id if session else "", dialect.name, request, body, dialogue, setting, place, chain)
         job = replace(await self._upstream.prepare(ask), tools=tools)
         work = _Work(dialect, ask, job, session, started)
         if request.stream:
@@ -337,11 +346,11 @@ class Api:
     async def _record(self, work: _Work, choices: Sequence[Choice]) -> None:
         """Returns when the answers are safe; only then may the client learn that they ended."""
         metrics, ask = self.metrics, work.ask
-        metrics.tokens["prompt"] += len(work.job.prompt.ids)
+        metrics.tokens["prompt"] += len(work.job.read)
         metrics.tokens["completion"] += sum(len(choice.sampled) for choice in choices)
         if work.session is None or ask.place is None:
             return
-        place, added = work.session.fit(ask.place, work.job.prompt.ids)
+        place, added = work.session.fit(ask.place, work.job.read)
         now = time.time()
         calls = [
             work.session.add(
@@ -361,7 +370,7 @@ class Api:
         ]
         metrics.recorded += len(calls)
         metrics.broken += sum(bool(call.broke) for call in calls)
-        await self._store.save(work.session.id, calls, ask.dialogue.files)
+        await self._store.save(work.session, calls, ask.dialogue.files)
 
     async def _stream(
         self, http: web.Request, work: _Work, answer: "asyncio.Future[Told] | None"

@@ -24,7 +24,7 @@ class Chat:
             "choices": [_whole(request, choice, spell) for choice in choices],
             "usage": _usage(job, choices),
         }
-        return {**body, "prompt_token_ids": job.prompt.ids} if request.return_token_ids else body
+        return {**body, "prompt_token_ids": job.read.tolist()} if request.return_token_ids else body
 
     def stream(self, request: ChatRequest, job: Job, spell: Spell) -> "ChatStream":
         return ChatStream(request, job, spell)
@@ -53,7 +53,7 @@ class ChatStream:
             self._calls[choice.index] = 0
             delta = {"role": "assistant", "content": ""}
             first = {"index": choice.index, "delta": delta, "finish_reason": None}
-            ids = {"prompt_token_ids": self._job.prompt.ids} if self._request.return_token_ids else {}
+            ids = {"prompt_token_ids": self._job.read.tolist()} if self._request.return_token_ids else {}
             opening = event({**self._head, "choices": [first], **ids})
         delta = self._delta(choice, step)
         described = _described(self._request, step.sampled, self._spell) if step.sampled else {}
@@ -101,7 +101,7 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
 
 
 def _usage(job: Job, choices: Sequence[Choice]) -> dict[str, int]:
-    prompt, completion = len(job.prompt.ids), sum(len(choice.sampled) for choice in choices)
+    prompt, completion = len(job.read), sum(len(choice.sampled) for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -28,7 +28,7 @@ class GatewayConfig:
     kind: chat passes requests through to an endpoint that tells token ids, text to one that does not; vllm and sglang
     are sent the token ids that the gateway renders with `tokenizer`, a tiktoken file. context: the most tokens of
     prompt and completion together. calls, key_calls: completions at once, of all and of one API key (0: no bound).
-    body_mb: largest request."""
+    body_mb: largest request. memory_mb: of idle sessions; the others are loaded again from the file when they go on."""
 
     upstream: str
     model: str
@@ -40,6 +40,7 @@ class GatewayConfig:
     calls: int = 1024
     key_calls: int = 0
     body_mb: int = 64
+    memory_mb: int = 1024
 
 
 def run_gateway(file: Path, config: GatewayConfig) -> None:
@@ -53,6 +54,7 @@ def run_gateway(file: Path, config: GatewayConfig) -> None:
         config.body_mb * 2**20,
         keys,
         config.key_calls or None,
+        config.memory_mb * 2**20,
         os.environ.get(_ADMIN_KEY, ""),
     )
 

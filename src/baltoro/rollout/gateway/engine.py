@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from array import array
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,7 +58,8 @@ class EngineUpstream:
             for i in range(request.n)
         ]
         calls = "none" if request.tool_choice == "none" else "any" if request.parallel_tool_calls else "one"
-        return Job(request.model, prompt, samplings, ask.setting.tools, request.thinks, request.stops, calls)
+        read = array("i", prompt.ids)
+        return Job(request.model, prompt, read, samplings, ask.setting.tools, request.thinks, request.stops, calls)
 
     def speak(self, ask: Ask, job: Job, index: int) -> AsyncGenerator[Step]:
         return speak(self._engine, job, self._tokenizer, index)

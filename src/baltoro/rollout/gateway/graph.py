@@ -2,29 +2,80 @@
 once, as the engine saw and drew it (appendix D).
 
 A dialogue whose beginning is on record, up to the end of some answer, goes on from the exact tokens of that answer: the
-model's reasoning included, nothing rendered again. Dialogues are told apart by chains of digests, so finding the place
-of a request takes one look-up for each message.
+model's reasoning included, nothing rendered again. Prompts behind the same answer that begin alike share what they have
+in common, so forks and histories whose answers are not on record are kept once too. Dialogues are told apart by chains
+of digests, so finding the place of a request takes one look-up for each message.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, repeat
+from typing import TypeVar
+
+import numpy as np
 
 from baltoro.agent.engine import Sampled
 from baltoro.rollout.gateway.said import Said, Setting, chained
+
+P = TypeVar("P", tuple[Said, ...], "array[int]")
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What was said to the model behind the end of call `parent` (None: from the beginning), and its tokens. Calls that
-    ask the same again share it; `first` is the first of them."""
+    ask the same again share it; `first` is the first of them. It begins with the first `same_said` messages and
+    `same_ids` tokens of prompt `base`, which has the same parent; new_said, new_ids: what comes behind them."""
 
     key: bytes
     parent: int | None
     first: int
-    said: tuple[Said, ...]
-    ids: "array[int]"
+    base: "Prompt | None"
+    same_said: int
+    same_ids: int
+    new_said: tuple[Said, ...]
+    new_ids: "array[int]"
+
+    @property
+    def said(self) -> tuple[Said, ...]:
+        return tuple(one for part in self._parts(lambda one: (one.same_said, one.new_said)) for one in part)
+
+    @property
+    def ids(self) -> "array[int]":
+        ids = array("i")
+        for part in self._parts(lambda one: (one.same_ids, one.new_ids)):
+            ids += part
+        return ids
+
+    @property
+    def said_count(self) -> int:
+        return self.same_said + len(self.new_said)
+
+    def _parts(self, read: "Callable[[Prompt], tuple[int, P]]") -> list[P]:
+        """`read`: how much is shared with the base, and what comes behind it."""
+        one, (end, new) = self, read(self)
+        parts = [new]
+        while one.base is not None:
+            one = one.base
+            same, new = read(one)
+            if same < end:
+                parts.append(new[: end - same])
+                end = same
+        return parts[::-1]
+
+
+def extending(
+    base: Prompt | None, key: bytes, parent: int | None, first: int, said: Sequence[Said], ids: "array[int]"
+) -> Prompt:
+    """A prompt that shares with `base` what it can."""
+    same_said = same_ids = 0
+    if base is not None:
+        same_said = _common(base.said, said)
+        same_ids = _common_ids(base.ids, ids)
+    # Where all that is shared was shared before, the chain need not grow.
+    while base is not None and same_said <= base.same_said and same_ids <= base.same_ids:
+        base = base.base
+    return Prompt(key, parent, first, base, same_said, same_ids, tuple(said[same_said:]), ids[same_ids:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +114,7 @@ class Place:
 class Session:
     def __init__(self, id: str) -> None:
         self.id = id
+        self.size = 0  # bytes in memory, roughly
         self.calls: list[Call] = []
         self.call_ids: set[str] = set()
         self._prompts: dict[bytes, Prompt] = {}
@@ -89,13 +141,12 @@ class Session:
         broke = "" if fresh else self._why(setting, said, keys)
         prompt = self._prompts.get(key)
         if prompt is not None:
-            parent, begin = prompt.parent, len(said) - len(prompt.said)
+            parent, begin = prompt.parent, len(said) - prompt.said_count
         return Place(keys, key, parent, begin, broke, prompt)
 
-    def fit(self, place: Place, ids: Sequence[int]) -> "tuple[Place, array[int]]":
-        """`ids`: of the whole prompt as the engine read it. Gives those that it adds to its parent; a prompt in which
+    def fit(self, place: Place, read: "array[int]") -> "tuple[Place, array[int]]":
+        """`read`: the whole prompt as the engine read it. Gives the ids that it adds to its parent; a prompt in which
         the recorded tokens do not stand again is put at the beginning, with the reason."""
-        read = array("i", ids)
         at = 0
         for call in self.chain(place.parent):
             for part in (call.prompt.ids, call.ids):
@@ -121,7 +172,8 @@ class Session:
         """`added`: the tokens of the prompt behind the end of the parent."""
         prompt = self._prompts.get(place.key)
         if prompt is None or (prompt.parent, prompt.ids) != (place.parent, added):
-            prompt = Prompt(place.key, place.parent, len(self.calls), tuple(said[place.begin :]), added)
+            base, new = self._base(place), said[place.begin :]
+            prompt = extending(base, place.key, place.parent, len(self.calls), new, added)
         call = Call(
             len(self.calls),
             prompt,
@@ -136,7 +188,7 @@ class Session:
             started,
             ended,
         )
-        self.restore(call, place.keys[len(place.keys) - len(prompt.said) :])
+        self.restore(call, place.keys[len(place.keys) - prompt.said_count :])
         return call
 
     def restore(self, call: Call, keys: Sequence[bytes] = ()) -> None:
@@ -149,6 +201,7 @@ class Session:
         end = chained(call.prompt.key, call.answer)
         self._ends[end] = call.number
         self._settings.add(call.setting.digest)
+        self.size += _size(call)
         parent = call.prompt.parent
         if not keys:
             begin = call.setting.digest if parent is None else self._end_keys[parent]
@@ -158,6 +211,14 @@ class Session:
         self._end_keys.append(end)
         if call.prompt.parent is not None:
             self._continued[call.prompt.parent] = call.number
+
+    def _base(self, place: Place) -> Prompt | None:
+        """The prompt behind the same call on the way to the dialogue with which this one has most in common."""
+        keys = (place.keys[i] for i in reversed(range(place.begin, len(place.keys))))
+        number = next((self._passed[key] for key in keys if key in self._passed), None)
+        while number is not None and self.calls[number].prompt.parent != place.parent:
+            number = self.calls[number].prompt.parent
+        return None if number is None else self.calls[number].prompt
 
     def chain(self, number: int | None) -> list[Call]:
         """The calls from the beginning of a dialogue to call `number`."""
@@ -196,3 +257,23 @@ def _dialogue(calls: Sequence[Call]) -> Iterator[Said]:
     for call in calls:
         yield from call.prompt.said
         yield call.answer
+
+
+def _size(call: Call) -> int:
+    """Objects and table rows count 500 bytes each."""
+    new = call.prompt if call.prompt.first == call.number else None
+    said = [call.answer, *(new.new_said if new else ())]
+    texts = sum(len(part) for one in said for part in (*one.content, one.reasoning) if isinstance(part, str))
+    arguments = sum(len(one.arguments) for turn in said for one in turn.calls)
+    return 500 * (2 + len(said)) + texts + arguments + 16 * len(call.ids) + (4 * len(new.new_ids) if new else 0)
+
+
+def _common(old: Sequence[Said], new: Sequence[Said]) -> int:
+    pairs = zip(old, new, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a is not b and a != b), min(len(old), len(new)))
+
+
+def _common_ids(old: "array[int]", new: "array[int]") -> int:
+    length = min(len(old), len(new))
+    differ = np.frombuffer(old, np.int32)[:length] != np.frombuffer(new, np.int32)[:length]
+    return int(differ.argmax()) if differ.any() else length

@@ -1,12 +1,15 @@
 """Answers from a chat endpoint: requests pass through. Where it tells its token ids (vLLM's return_token_ids), what it
 says it read and drew is recorded; of any other endpoint the text alone, on which nothing can be trained."""
 
+import re
+from array import array
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import Any
 
 import aiohttp
+import numpy as np
 import orjson
 from yarl import URL
 
@@ -15,9 +18,14 @@ from baltoro.chat.messages import TokenSequence
 from baltoro.chat.parse import ArgumentsDelta, CallBegun, CallEnded, ContentDelta, Event, ReasoningDelta
 from baltoro.rollout.gateway.answer import FinishReason, Job, Step
 from baltoro.rollout.gateway.errors import ApiError
+from baltoro.rollout.gateway.recent import Recent
 from baltoro.rollout.gateway.rendering import Rendering
 from baltoro.rollout.gateway.upstream import Ask
 from baltoro.rollout.remote import events
+
+_TOLD_BYTES = 2**28
+# A key, never the text of a string: there the closing quote would have a backslash before it.
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids"\s*:\s*\[')
 
 
 class Relay:
@@ -33,6 +41,7 @@ class Relay:
         self._url = URL(url.rstrip("/") + "/chat/completions")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._spelled: dict[int, bytes] = {}
+        self._told = Recent[tuple[bytes, "array[int]"]](_TOLD_BYTES)
 
     @asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
@@ -47,7 +56,7 @@ class Relay:
         """The prompt's ids are filled in when the upstream has told them."""
         if ask.request.n > 1:
             raise ApiError(400, "only one completion at once passes through", param="n")
-        return Job(ask.request.model, TokenSequence(), (), ask.setting.tools, ask.request.thinks, (), "any")
+        return Job(ask.request.model, TokenSequence(), array("i"), (), ask.setting.tools, ask.request.thinks, (), "any")
 
     def spell(self, token: int) -> bytes:
         return self._spelled[token]
@@ -66,14 +75,30 @@ class Relay:
                         yield self._spelt(ask, chunk["choices"][0], step)
                 yield reader.end()
             else:
-                whole = orjson.loads(await response.read())
+                data = await response.read()
+                whole = self._read(data, ask.session, job) if self.exact else orjson.loads(data)
                 choice = whole["choices"][0]
-                sampled = ()
-                if self.exact:
-                    job.prompt.ids.extend(_ids(whole, "prompt_token_ids"))
-                    sampled = _sampled(choice, whole)
+                sampled = _sampled(choice, whole) if self.exact else ()
                 yield self._spelt(ask, choice, Step(sampled, tuple(_said(choice["message"]))))
                 yield Step((), (), _finish(choice["finish_reason"]))
+
+    def _read(self, data: bytes, session: str, job: Job) -> dict[str, Any]:
+        """The answer; the prompt's ids go to `job`. Those of a history are told in every answer again: what stands as
+        it stood in the last one is compared, not parsed."""
+        found = _PROMPT_IDS.search(data)
+        if found is None:
+            raise _untold("prompt_token_ids")
+        begin, end = found.end(), data.find(b"]", found.end())
+        whole = orjson.loads(data[:begin] + b"-1" + data[end:])
+        if whole.get("prompt_token_ids") != [-1]:  # they stand elsewhere too
+            whole = orjson.loads(data)
+            job.read.extend(_ids(whole, "prompt_token_ids"))
+            return whole
+        text = data[begin:end]
+        job.read.extend(_parsed(text, self._told.get(session)))
+        if session:
+            self._told.keep(session, (text, job.read), len(text) + 4 * len(job.read))
+        return whole
 
     @asynccontextmanager
     async def _post(self, body: Mapping[str, Any]) -> AsyncGenerator[aiohttp.ClientResponse]:
@@ -104,7 +129,7 @@ class _Reader:
 
     def read(self, chunk: Mapping[str, Any]) -> Step | None:
         if chunk.get("prompt_token_ids"):
-            self._job.prompt.ids.extend(chunk["prompt_token_ids"])
+            self._job.read.extend(chunk["prompt_token_ids"])
         if not chunk["choices"]:
             return None
         choice = chunk["choices"][0]
@@ -152,8 +177,26 @@ def _sampled(choice: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Sampl
 def _ids(holder: Mapping[str, Any], name: str) -> Sequence[int]:
     ids = holder.get(name)
     if ids is None:
-        raise ApiError(502, f"the upstream tells no {name}; it must know return_token_ids, as vLLM does", code="no_ids")
+        raise _untold(name)
     return ids
+
+
+def _untold(name: str) -> ApiError:
+    return ApiError(502, f"the upstream tells no {name}; it must know return_token_ids, as vLLM does", code="no_ids")
+
+
+def _parsed(text: bytes, last: "tuple[bytes, array[int]] | None") -> "array[int]":
+    """The ids in `text`, numbers with commas between; those that stood in the `last` text are taken from there."""
+    known = array("i")
+    at = 0
+    if last is not None:
+        size = min(len(text), len(last[0]))
+        new = np.frombuffer(text, np.uint8)
+        differ = new[:size] != np.frombuffer(last[0], np.uint8)[:size]
+        alike = int(differ.argmax()) if differ.any() else size
+        at = text.rfind(b",", 0, alike) + 1
+        known = last[1][: int(np.count_nonzero(new[:at] == ord(",")))]
+    return known + array("i", orjson.loads(b"[" + text[at:] + b"]"))
 
 
 def _finish(reason: str) -> FinishReason:

@@ -29,6 +29,12 @@ class Replays:
     def __init__(self) -> None:
         self._answers: OrderedDict[tuple[str, object], asyncio.Future[Told]] = OrderedDict()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the answers that are kept."""
+        done = (one for one in self._answers.values() if one.done() and not one.cancelled())
+        return sum(len(one.result().body) for one in done)
+
     async def find(self, path: str, body: bytes, headers: Mapping[str, str]) -> Told | None:
         """What was answered to the request that this one repeats; waits where it is in flight. None: it is to be
         answered now, as new, or because the first attempt failed."""

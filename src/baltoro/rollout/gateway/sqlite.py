@@ -23,9 +23,11 @@ from baltoro.chat.messages import ToolSpec
 from baltoro.rollout.gateway.graph import Call, Prompt, Session
 from baltoro.rollout.gateway.said import Said, Setting
 
+_VERSION = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS calls (
-  session TEXT, number INTEGER, first INTEGER, parent INTEGER, key BLOB, said BLOB, added BLOB, setting BLOB,
+  session TEXT, number INTEGER, first INTEGER, parent INTEGER, key BLOB,
+  base INTEGER, same_said INTEGER, same_ids INTEGER, said BLOB, added BLOB, setting BLOB,
   ids BLOB, logprobs BLOB, versions BLOB, answer BLOB, finish TEXT, broke TEXT, dialect TEXT, started REAL, ended REAL,
   PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS media (hash TEXT PRIMARY KEY, file BLOB);
@@ -49,11 +51,14 @@ class SqliteStore:
         self._readers = ThreadPoolExecutor(1, "gateway store reader")
 
     def __enter__(self) -> Self:
-        with self._connect() as connection:
+        with contextlib.closing(self._connect()) as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if connection.execute("PRAGMA schema_version").fetchone() != (0,) and version != _VERSION:
+                raise ValueError(f"{self._path} was written by another version of the gateway; choose a new file")
+            connection.execute(f"PRAGMA user_version={_VERSION}")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.executescript(_TABLES)
             self._known = {row[0] for row in connection.execute("SELECT hash FROM media")}
-        connection.close()
         self._writer = threading.Thread(target=self._write, name="gateway store")
         self._writer.start()
         return self
@@ -63,18 +68,23 @@ class SqliteStore:
         self._writer.join()
         self._readers.shutdown()
 
-    async def save(self, session: str, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
+    async def save(self, session: Session, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
         """Raises sqlite3.Error where the disk does not take it."""
-        saved = asyncio.get_running_loop().create_future()
         media = [(name, file) for name, file in files.items() if name not in self._known]
-        self._queue.put(_Batch([_row(session, call) for call in calls], media, saved))
-        await saved
+        await self._put([_row(session.id, call) for call in calls], media)
 
     async def load(self, session: str) -> Session | None:
+        # Somebody may have begun to save and left without waiting for it.
+        await self._put([], [])
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._load, session)
 
     async def files(self, session: Session) -> Mapping[str, bytes]:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._files, session)
+
+    async def _put(self, calls: list[tuple[Any, ...]], media: list[tuple[str, bytes]]) -> None:
+        saved = asyncio.get_running_loop().create_future()
+        self._queue.put(_Batch(calls, media, saved))
+        await saved
 
     def _load(self, session: str) -> Session | None:
         with contextlib.closing(self._connect()) as connection:
@@ -120,7 +130,7 @@ class SqliteStore:
         try:
             with connection:
                 connection.executemany("INSERT OR IGNORE INTO media VALUES (?, ?)", media)
-                marks = ", ".join("?" * 17)
+                marks = ", ".join("?" * 20)
                 rows = (row for batch in batches for row in batch.calls)
                 connection.executemany(f"INSERT INTO calls VALUES ({marks})", rows)
         except sqlite3.Error as error:
@@ -150,10 +160,11 @@ def _tell(batches: Sequence[_Batch], error: sqlite3.Error | None) -> None:
 
 
 def _row(session: str, call: Call) -> tuple[Any, ...]:
-    """What a prompt adds stands with the first call that asked it alone, and the tools with the beginning alone."""
+    """What a prompt adds to its base stands with the first call that asked it alone, and the tools with the beginning
+    alone."""
     prompt = call.prompt
     first = prompt.first == call.number
-    said = orjson.dumps([one.to_json() for one in prompt.said]) if first else None
+    said = orjson.dumps([one.to_json() for one in prompt.new_said]) if first else None
     setting = None
     if first and prompt.parent is None:
         setting = orjson.dumps([call.setting.thinking, call.setting.tools_json()])
@@ -163,8 +174,11 @@ def _row(session: str, call: Call) -> tuple[Any, ...]:
         prompt.first,
         prompt.parent,
         prompt.key,
+        prompt.base.first if prompt.base else None,
+        prompt.same_said,
+        prompt.same_ids,
         said,
-        prompt.ids.tobytes() if first else None,
+        prompt.new_ids.tobytes() if first else None,
         setting,
         call.ids.tobytes(),
         call.logprobs.tobytes(),
@@ -179,13 +193,13 @@ def _row(session: str, call: Call) -> tuple[Any, ...]:
 
 
 def _call(row: Sequence[Any], found: Session) -> Call:
-    number, parent = cast(int, row[1]), cast(int | None, row[3])
-    first = cast(int, row[2])
-    key, said, added, setting, ids, logprobs, versions, answer, *rest = row[4:]
+    number, first = cast(int, row[1]), cast(int, row[2])
+    parent, base = cast(int | None, row[3]), cast(int | None, row[5])
+    key, _, same_said, same_ids, said, added, setting, ids, logprobs, versions, answer, *rest = row[4:]
     if first == number:
-        prompt = Prompt(
-            key, parent, number, tuple(Said.from_json(one) for one in orjson.loads(said)), array("i", added)
-        )
+        shared = None if base is None else found.calls[base].prompt
+        new = tuple(Said.from_json(one) for one in orjson.loads(said))
+        prompt = Prompt(key, parent, number, shared, same_said, same_ids, new, array("i", added))
     else:
         prompt = found.calls[first].prompt
     if setting is not None:

@@ -14,9 +14,10 @@ from baltoro.rollout.gateway.said import Setting
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """A request that was read. place: where its dialogue stands in the session, None where nothing is recorded;
-    chain: the calls that it goes on from."""
+    """A request that was read. session: its id, empty where nothing is recorded. place: where its dialogue stands in
+    the session, None where nothing is recorded; chain: the calls that it goes on from."""
 
+    session: str
     dialect: str
     request: ChatRequest
     body: Mapping[str, Any]
