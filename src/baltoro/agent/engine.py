@@ -40,8 +40,11 @@ class Overloaded(Exception):
     """The engine has too much to do and took nothing on (HTTP 429). It asks to be left alone for `retry_after_s`."""
 
     def __init__(self, retry_after_s: float = 0.0) -> None:
-        super().__init__(f"the engine is overloaded, retry after {retry_after_s:g} s")
+        super().__init__(retry_after_s)
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"the engine is overloaded, retry after {self.retry_after_s:g} s"
 
 
 class Engine(Protocol):

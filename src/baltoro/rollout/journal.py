@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -54,6 +54,11 @@ class Journal:
                 finally:
                     journal._closing = True
                     journal._wake.set()
+
+    @property
+    def episodes(self) -> Set[str]:
+        """Those that something was put down for, also if it was forgotten since."""
+        return self._known
 
     async def records(self, episode: str) -> dict[bytes, bytes]:
         """By key, all that was put down for an episode."""

@@ -151,6 +151,13 @@ class Stats:
     faults: Counter[str] = field(default_factory=Counter[str])
     outcomes: Counter[Outcome] = field(default_factory=Counter[Outcome])
 
+    def episodes(self) -> dict[str, float]:
+        return {
+            "live": self.submitted - self.outcomes.total(),
+            "submitted": self.submitted,
+            **{f"outcomes_{outcome.replace(' ', '_')}": self.outcomes[outcome] for outcome in OUTCOMES},
+        }
+
 
 class RolloutManager:
     """Runs episodes on one engine. Every submitted episode ends in exactly one outcome."""
@@ -201,14 +208,12 @@ class RolloutManager:
         counters (submitted, turns, faults_KIND, outcomes_OUTCOME)."""
         permits, stats = self.permits, self.stats
         return {
-            "live": stats.submitted - stats.outcomes.total(),
-            "submitted": stats.submitted,
+            **stats.episodes(),
             "turns": stats.turns,
             "calls_limit": permits.limit,
             **{f"calls_running_{role}": count for role, count in permits.running.items()},
             **{f"calls_waiting_{role}": permits.waiting[role] for role in permits.running},
             **{f"faults_{kind}": count for kind, count in stats.faults.items()},
-            **{f"outcomes_{outcome.replace(' ', '_')}": stats.outcomes[outcome] for outcome in OUTCOMES},
         }
 
     async def _run(self, episode: Episode, rollout: Rollout) -> Ended:
