@@ -1,6 +1,9 @@
 """The rollout manager spread over Ray actors (appendix D): each is a process with an engine and a `RolloutManager` of
 its own, and this side only chooses actors and waits. Needs the package ray; `ray.init` is the caller's.
 
+Ray lets 1000 calls of an actor run at once. So an episode is no call: one call starts it, and how it ended comes with
+others over the one stream of its actor.
+
 Rollouts cross as pickles: module-level functions, or frozen dataclasses with `__call__`. What ended comes back as a
 pickle too, so that arrays in traces are the receiver's own and writable, rather than views of Ray's object store.
 """
@@ -14,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,6 @@ ray: Any = importlib.import_module("ray")
 _cloudpickle: Any = importlib.import_module("ray.cloudpickle")
 
 _PERIOD_S = 0.5
-# So many calls of an actor beside those of its episodes: its service, cuts.
-_CONTROL = 16
 
 
 class RayManager:
@@ -65,10 +67,7 @@ class RayManager:
     async def run(self) -> AsyncGenerator[None]:
         """Episodes and actors live within it: leaving it waits for all episodes, leaving it by an exception cancels
         them. Raises what an actor raises that cannot open its engine or its journal."""
-        # Ray lets 1000 calls of an actor run at once unless told otherwise, and an episode is a call as long as it
-        # lives. The other half is for cancelling them.
-        calls = 2 * self._config.live + _CONTROL
-        make = ray.remote(_Actor).options(max_concurrency=calls, scheduling_strategy="SPREAD")
+        make = ray.remote(_Actor).options(scheduling_strategy="SPREAD")
         self._actors = []
         try:
             for number in range(self._count):
@@ -98,17 +97,17 @@ class RayManager:
             actor = self._choice(id)
             if actor is None:
                 raise ConnectionError("all Ray actors of this manager have died; leave it and run another")
-            actor.episodes += 1
+            key = next(self._keys)
+            actor.episodes[key] = asyncio.get_running_loop().create_future()
         self.stats.submitted += 1
         started = asyncio.Event()
-        task = self._group.create_task(self._run(actor, id, packed, started))
+        task = self._group.create_task(self._run(actor, key, id, packed, started))
         await started.wait()
         return Running(id, task)
 
     async def cut(self) -> None:
         """Lets the turns in flight end, then suspends every live episode: the boundary of an iteration."""
-        cuts = [_future(actor.handle.cut.remote()) for actor in self._living()]
-        for cut in cuts:
+        for cut in [actor.handle.cut.remote() for actor in self._living()]:
             with contextlib.suppress(ray.exceptions.RayActorError):
                 await cut
 
@@ -127,70 +126,79 @@ class RayManager:
         """Who takes the episode, if he has a place."""
         home = self._homes.get(id)
         candidates = [home] if home and home.alive else self._living()
-        best = min(candidates, key=lambda actor: actor.episodes, default=None)
-        return best if best and best.episodes < self._config.live else None
+        best = min(candidates, key=lambda actor: len(actor.episodes), default=None)
+        return best if best and len(best.episodes) < self._config.live else None
 
     async def _serve(self, actor: "_Remote") -> None:
         """Hears from an actor until it is closed. What breaks it once it was open is the end of that actor alone."""
         try:
             async for ref in actor.handle.serve.options(num_returns="streaming").remote():
-                known, numbers = await ref
-                self._homes.update(dict.fromkeys(known, actor))
-                actor.numbers = numbers
+                news: _News = await ref
+                self._homes.update(dict.fromkeys(news.known, actor))
+                actor.numbers = news.numbers
+                for key, packed in news.ended:
+                    actor.episodes[key].set_result(packed)
                 actor.open.set()
-        except ray.exceptions.RayError:
+        except ray.exceptions.RayError as error:
             if not actor.open.is_set():
                 raise
             ray.kill(actor.handle)
-            await self._died(actor)
+            await self._died(actor, error)
 
-    async def _run(self, actor: "_Remote", id: str, packed: bytes, started: asyncio.Event) -> Ended:
+    async def _run(self, actor: "_Remote", key: int, id: str, packed: bytes, started: asyncio.Event) -> Ended:
         """Follows an episode. That it is cancelled is told to the actor, which says how it ends."""
-        key = next(self._keys)
+        ending = actor.episodes[key]
+        starting = asyncio.wrap_future(actor.handle.start.remote(key, id, packed).future())
         cancelled = False
-        try:
-            waiting = _future(actor.handle.start.remote(key, id, packed))
-            while True:
-                try:
-                    await asyncio.wait([waiting])
-                except asyncio.CancelledError:
-                    cancelled = True
-                if waiting.done() and started.is_set():
-                    ended = pickle.loads(waiting.result())
-                    break
-                if waiting.done():
-                    waiting.result()
-                    started.set()
-                    waiting = _future(actor.handle.ended.remote(key))
-                if cancelled and started.is_set():
+        while not (starting.done() and ending.done()):
+            try:
+                await asyncio.wait([ending if starting.done() else starting])
+            except asyncio.CancelledError:
+                cancelled = True
+            if starting.done():
+                started.set()
+                if cancelled:
                     actor.handle.cancel.remote(key)
                     cancelled = False
-        except ray.exceptions.RayActorError as error:
-            ended = Ended(id, "crashed", error=_lost(actor, error))
-            await self._died(actor)
-        started.set()
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            starting.result()
+        ended = _unpack(id, ending)
         self.stats.outcomes[ended.outcome] += 1
         if self._journals and ended.outcome == "suspended":
             self._homes[id] = actor
         async with self._changed:
-            actor.episodes -= 1
+            del actor.episodes[key]
             self._changed.notify_all()
         return ended
 
-    async def _died(self, actor: "_Remote") -> None:
+    async def _died(self, actor: "_Remote", error: Exception) -> None:
         actor.alive = False
+        for ending in actor.episodes.values():
+            if not ending.done():
+                lost = ConnectionError(f"Ray actor {actor.number} died, and with it this episode")
+                lost.__cause__ = error
+                ending.set_exception(lost)
         actor.numbers = {name: n for name, n in actor.numbers.items() if name == "turns" or name.startswith("faults_")}
         async with self._changed:
             self._changed.notify_all()
 
 
+@dataclass(frozen=True)
+class _News:
+    """What an actor tells. known: at first, the episodes that its journal has records of; ended: since the last."""
+
+    known: list[str]
+    numbers: dict[str, float]
+    ended: list[tuple[int, bytes]]
+
+
 class _Remote:
-    """An actor as this side knows it. episodes: those it has."""
+    """An actor as this side knows it. episodes: those it has, by key; results are packed."""
 
     def __init__(self, number: int, handle: Any) -> None:
         self.number = number
         self.handle = handle
-        self.episodes = 0
+        self.episodes: dict[int, asyncio.Future[bytes]] = {}
         self.alive = True
         self.open = asyncio.Event()
         self.numbers: Mapping[str, float] = {}
@@ -209,34 +217,40 @@ class _Actor:
         self._config = config
         self._path = path
         self._running: dict[int, Running] = {}
-        self._closing = asyncio.Event()
+        self._ended: list[tuple[int, bytes]] = []
+        self._news = asyncio.Event()
+        self._closing = False
 
-    async def serve(self) -> AsyncGenerator[tuple[list[str], dict[str, float]]]:
-        """Opens everything, tells the episodes that the journal knows, then numbers until it is closed."""
+    async def serve(self) -> AsyncGenerator[_News]:
+        """Opens everything and tells the news until it is closed."""
         async with contextlib.AsyncExitStack() as stack:
             engine = await stack.enter_async_context(self._engine())
             self._journal = self._path and await stack.enter_async_context(Journal.open(self._path))
             self._manager = Manager(engine, self._config)
             await stack.enter_async_context(self._manager.run())
-            yield (list(self._journal.episodes) if self._journal else []), self._manager.numbers()
-            while not self._closing.is_set():
+            self._group = await stack.enter_async_context(asyncio.TaskGroup())
+            yield _News(list(self._journal.episodes) if self._journal else [], self._manager.numbers(), [])
+            while not self._closing:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_PERIOD_S):
-                        await self._closing.wait()
-                yield [], self._manager.numbers()
+                        await self._news.wait()
+                self._news.clear()
+                ended, self._ended = self._ended, []
+                yield _News([], self._manager.numbers(), ended)
 
     async def start(self, key: int, id: str, packed: bytes) -> None:
         async def rollout(episode: Episode | Resumable) -> Trace:
             return await _cloudpickle.loads(packed)(episode)
 
-        self._running[key] = await self._manager.submit(
-            id, resumable(self._journal, rollout) if self._journal else rollout
-        )
+        running = await self._manager.submit(id, resumable(self._journal, rollout) if self._journal else rollout)
+        self._running[key] = running
+        self._group.create_task(self._follow(key, running))
 
-    async def ended(self, key: int) -> bytes:
-        ended = await self._running[key].ended()
+    async def _follow(self, key: int, running: Running) -> None:
+        ended = await running.ended()
         del self._running[key]
-        return _pack(ended)
+        self._ended.append((key, _pack(ended)))
+        self._news.set()
 
     async def cancel(self, key: int) -> None:
         if key in self._running:
@@ -246,17 +260,8 @@ class _Actor:
         await self._manager.cut()
 
     async def close(self) -> None:
-        self._closing.set()
-
-
-def _future(ref: Any) -> asyncio.Future[Any]:
-    return asyncio.wrap_future(ref.future())
-
-
-def _lost(actor: _Remote, error: Exception) -> ConnectionError:
-    lost = ConnectionError(f"Ray actor {actor.number} died, and with it this episode")
-    lost.__cause__ = error
-    return lost
+        self._closing = True
+        self._news.set()
 
 
 def _pack(ended: Ended) -> bytes:
@@ -272,3 +277,11 @@ def _pack(ended: Ended) -> bytes:
         told = traceback.format_exception_only(error or reason)
         outcome = ended.outcome if error else "crashed"
         return pickle.dumps(Ended(ended.episode, outcome, error=RuntimeError("".join(told))))
+
+
+def _unpack(id: str, ending: asyncio.Future[bytes]) -> Ended:
+    """Crashed, if its actor has died, or if what was packed there is nothing here."""
+    try:
+        return pickle.loads(ending.result())
+    except Exception as error:
+        return Ended(id, "crashed", error=error)
