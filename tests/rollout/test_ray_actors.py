@@ -118,17 +118,17 @@ async def test_episodes_are_spread_and_come_back() -> None:
     assert (numbers["submitted"], numbers["live"], numbers["outcomes_completed"], numbers["turns"]) == (40, 0, 40, 40)
 
 
-async def test_an_actor_holds_more_episodes_than_ray_lets_it_by_default(tmp_path: Path) -> None:
-    """1,500 live in one actor, and it still takes another one and cancels them all."""
-    manager = RayManager(process, ManagerConfig(calls=1_600), 1)
+async def test_an_actor_holds_more_episodes_than_ray_lets_it_have_calls() -> None:
+    """1,200 live in one actor, and it still takes another one and cancels them all."""
+    manager = RayManager(process, ManagerConfig(calls=1_300), 1)
     async with manager.run():
-        held = [await manager.submit(f"{i}", Ask(i, "held")) for i in range(1_500)]
+        held = await asyncio.gather(*[manager.submit(f"{i}", Ask(i, "held")) for i in range(1_200)])
         one_more = await manager.submit("sum", Ask(5))
         assert (await one_more.ended()).outcome == "completed"
-        assert manager.numbers()["live"] == 1_500
+        assert manager.numbers()["live"] == 1_200
         for each in held:
             each.cancel()
-        assert Counter([(await each.ended()).outcome for each in held]) == {"cancelled": 1_500}
+        assert Counter([(await each.ended()).outcome for each in held]) == {"cancelled": 1_200}
 
 
 async def test_submit_waits_for_a_place_in_any_actor(tmp_path: Path) -> None:
@@ -146,36 +146,28 @@ async def test_submit_waits_for_a_place_in_any_actor(tmp_path: Path) -> None:
         held[0].cancel()
 
 
-async def test_cancellation_reaches_the_actor(tmp_path: Path) -> None:
-    manager = RayManager(process, ManagerConfig(), 2)
-    async with manager.run():
-        running = await manager.submit("held", Hold(tmp_path, "held"))
-        await eventually(tmp_path / "held.pid")
-        waiter = asyncio.ensure_future(running.ended())
-        await asyncio.sleep(0)
-        waiter.cancel()  # whoever waits may leave; the episode goes on
-        await asyncio.wait([waiter])
-        assert not (tmp_path / "held.ended").exists()
-        running.cancel()
-        assert (await running.ended()).outcome == "cancelled"
-        assert (tmp_path / "held.ended").exists()
-
-
-async def test_leaving_by_an_error_cancels_every_episode(tmp_path: Path) -> None:
+async def test_cancellation_reaches_the_actor_and_leaving_by_an_error_cancels_all(tmp_path: Path) -> None:
     manager = RayManager(process, ManagerConfig(), 2)
     with pytest.raises(ExceptionGroup) as raised:
         async with manager.run():
-            for name in "abc":
-                await manager.submit(name, Hold(tmp_path, name))
+            running = {name: await manager.submit(name, Hold(tmp_path, name)) for name in "abcd"}
+            for name in running:
                 await eventually(tmp_path / f"{name}.pid")
+            waiter = asyncio.ensure_future(running["a"].ended())
+            await asyncio.sleep(0)
+            waiter.cancel()  # whoever waits may leave; the episode goes on
+            await asyncio.wait([waiter])
+            running["b"].cancel()
+            assert (await running["b"].ended()).outcome == "cancelled"
+            assert [path.stem for path in tmp_path.glob("*.ended")] == ["b"]
             raise KeyError("left")
     assert raised.group_contains(KeyError, match="left", depth=None)
-    assert all((tmp_path / f"{name}.ended").exists() for name in "abc")
-    assert manager.stats.outcomes == {"cancelled": 3}
+    assert sorted(path.stem for path in tmp_path.glob("*.ended")) == list("abcd")
+    assert manager.stats.outcomes == {"cancelled": 4}
 
 
 async def test_a_death_ends_its_own_episodes_and_no_others(tmp_path: Path) -> None:
-    manager = RayManager(process, ManagerConfig(), 2)
+    manager = RayManager(process, ManagerConfig(live=2), 2)
     async with manager.run():
         held = {name: await manager.submit(name, Hold(tmp_path, name)) for name in "abcd"}
         for name in held:
@@ -183,31 +175,26 @@ async def test_a_death_ends_its_own_episodes_and_no_others(tmp_path: Path) -> No
         where = {name: int((tmp_path / f"{name}.pid").read_text()) for name in held}
         assert sorted(Counter(where.values()).values()) == [2, 2]
         os.kill(where["a"], signal.SIGKILL)
-        for name in held:
-            if where[name] == where["a"]:
-                ended = await held[name].ended()
-                assert ended.outcome == "crashed"
-                assert isinstance(ended.error, ConnectionError)
-                assert "died" in str(ended.error)
-        later = [await manager.submit(f"{i}", Ask(i)) for i in range(4)]
-        (other,) = set(where.values()) - {where["a"]}
-        assert {pid(await each.ended()) for each in later} == {other}
+        lost = [name for name in held if where[name] == where["a"]]
+        for name in lost:
+            ended = await held[name].ended()
+            assert ended.outcome == "crashed"
+            assert isinstance(ended.error, ConnectionError)
+            assert "died" in str(ended.error)
         assert manager.numbers()["actors"] == 1
-        for name in held:
-            held[name].cancel()
-    assert manager.stats.outcomes == {"crashed": 2, "completed": 4, "cancelled": 2}
+        (stays, goes) = set(held) - set(lost)
+        held[goes].cancel()
+        later = [await manager.submit(f"{i}", Ask(i)) for i in range(4)]
+        assert {pid(await each.ended()) for each in later} == {where[stays]}
 
-
-async def test_without_actors_nothing_is_taken(tmp_path: Path) -> None:
-    manager = RayManager(process, ManagerConfig(live=1), 1)
-    async with manager.run():
-        await manager.submit("held", Hold(tmp_path, "held"))
-        await eventually(tmp_path / "held.pid")
+        assert not (tmp_path / f"{stays}.ended").exists()
+        await manager.submit("last", Ask(1, "held"))
         waiting = asyncio.ensure_future(manager.submit("other", Ask(1)))
         await asyncio.sleep(0)
-        os.kill(int((tmp_path / "held.pid").read_text()), signal.SIGKILL)
+        os.kill(where[stays], signal.SIGKILL)
         with pytest.raises(ConnectionError, match="have died"):
             await waiting
+    assert manager.stats.outcomes == {"crashed": 4, "completed": 4, "cancelled": 1}
 
 
 async def test_an_actor_that_cannot_open_its_engine_says_why() -> None:
@@ -275,42 +262,30 @@ class TwoTurns:
 NAMES = [f"{i}" for i in range(16)]
 
 
-async def begin(manager: RayManager, folder: Path) -> None:
-    """Cuts all after their first turn."""
-    running = [await manager.submit(name, TwoTurns(folder)) for name in NAMES]
-    for name in NAMES:
-        await eventually(folder / f"{name}.first")
-    await manager.cut()
-    assert Counter([(await each.ended()).outcome for each in running]) == {"suspended": 16}
-
-
-async def go_on(manager: RayManager, folder: Path) -> set[tuple[int, int]]:
-    """In another order. Returns where the first turn was drawn, and where the second."""
-    (folder / "go").touch()
-    running = [await manager.submit(name, TwoTurns(folder)) for name in sorted(NAMES)]
-    traces = [ended.trace for ended in [await each.ended() for each in running] if ended.trace]
-    assert [each.tokens[2] for each in traces] == [21 + 31] * 16
-    return {(each.tokens[0], each.tokens[1]) for each in traces}
-
-
-async def test_a_cut_episode_goes_on_in_its_actor(tmp_path: Path) -> None:
-    manager = RayManager(process, ManagerConfig(), 2, tmp_path)
-    async with manager.run():
-        await begin(manager, tmp_path)
-        where = await go_on(manager, tmp_path)
-    assert len(where) == 2
-    assert all(first == second for first, second in where)
-
-
-async def test_a_later_manager_goes_on_from_the_journals(tmp_path: Path) -> None:
-    """With the first turn's answer as a process gave it that is gone: one successor for each."""
-    former, later = RayManager(process, ManagerConfig(), 2, tmp_path), RayManager(process, ManagerConfig(), 2, tmp_path)
-    async with former.run():
-        await begin(former, tmp_path)
-    async with later.run():
-        where = await go_on(later, tmp_path)
-    assert len(where) == len({first for first, _ in where}) == len({second for _, second in where}) == 2
-    assert not {first for first, _ in where} & {second for _, second in where}
+async def test_cut_episodes_go_on_in_their_actor_and_under_a_later_manager_from_its_journal(tmp_path: Path) -> None:
+    """Sixteen, cut after their first turn. Half go on at once, in another order: both turns are of one process. Half go
+    on later: the first turn is as a process gave it that is gone, which has one successor."""
+    managers = [RayManager(process, ManagerConfig(), 2, tmp_path) for _ in range(2)]
+    where: list[set[tuple[int, int]]] = []
+    for half, manager in enumerate(managers):
+        async with manager.run():
+            if not half:
+                running = [await manager.submit(name, TwoTurns(tmp_path)) for name in NAMES]
+                for name in NAMES:
+                    await eventually(tmp_path / f"{name}.first")
+                await manager.cut()
+                assert Counter([(await each.ended()).outcome for each in running]) == {"suspended": 16}
+                (tmp_path / "go").touch()
+            again = [await manager.submit(name, TwoTurns(tmp_path)) for name in NAMES[8 * half :][7::-1]]
+            traces = [ended.trace for ended in [await each.ended() for each in again] if ended.trace]
+            assert [each.tokens[2] for each in traces] == [21 + 31] * 8
+            where.append({(each.tokens[0], each.tokens[1]) for each in traces})
+    at_once, later = where
+    former = {first for first, _ in at_once}
+    assert at_once == {(each, each) for each in former}
+    assert len(former) == len(later) == len({second for _, second in later}) == 2
+    assert {first for first, _ in later} == former
+    assert not former & {second for _, second in later}
 
 
 def test_an_overloaded_engine_is_a_pickle() -> None:
