@@ -181,7 +181,8 @@ async def test_a_death_ends_its_own_episodes_and_no_others(tmp_path: Path) -> No
             assert ended.outcome == "crashed"
             assert isinstance(ended.error, ConnectionError)
             assert "died" in str(ended.error)
-        assert manager.numbers()["actors"] == 1
+        numbers = manager.numbers()
+        assert (numbers["actors"], numbers["outcomes_crashed"], numbers["live"]) == (1, 2, 2)
         (stays, goes) = set(held) - set(lost)
         held[goes].cancel()
         later = [await manager.submit(f"{i}", Ask(i)) for i in range(4)]
@@ -246,13 +247,13 @@ async def test_what_crosses() -> None:
 
 @dataclass(frozen=True)
 class TwoTurns:
-    """Its second turn is held as long as there is no file `go`. Counts its turns and calls in files."""
+    """Its second turn is held as long as there is no file `go`. Writes down which process answered the first."""
 
     folder: Path
 
     async def __call__(self, episode: Resumable) -> Trace:
         first = await episode.generate(TokenSequence([20, 1]), Sampling(1), "sum")
-        (self.folder / f"{episode.id}.first").touch()
+        (self.folder / f"{episode.id}.pid").write_text(f"{first.ids[0]}")
         while not (self.folder / "go").exists():
             await asyncio.sleep(0.01)
         second = await episode.generate(TokenSequence([30, 1]), Sampling(1, seed=1), "sum")
@@ -266,21 +267,26 @@ async def test_cut_episodes_go_on_in_their_actor_and_under_a_later_manager_from_
     """Sixteen, cut after their first turn. Half go on at once, in another order: both turns are of one process. Half go
     on later: the first turn is as a process gave it that is gone, which has one successor."""
     managers = [RayManager(process, ManagerConfig(), 2, tmp_path) for _ in range(2)]
-    where: list[set[tuple[int, int]]] = []
-    for half, manager in enumerate(managers):
-        async with manager.run():
-            if not half:
-                running = [await manager.submit(name, TwoTurns(tmp_path)) for name in NAMES]
-                for name in NAMES:
-                    await eventually(tmp_path / f"{name}.first")
-                await manager.cut()
-                assert Counter([(await each.ended()).outcome for each in running]) == {"suspended": 16}
-                (tmp_path / "go").touch()
-            again = [await manager.submit(name, TwoTurns(tmp_path)) for name in NAMES[8 * half :][7::-1]]
-            traces = [ended.trace for ended in [await each.ended() for each in again] if ended.trace]
-            assert [each.tokens[2] for each in traces] == [21 + 31] * 8
-            where.append({(each.tokens[0], each.tokens[1]) for each in traces})
-    at_once, later = where
+
+    async def go_on(manager: RayManager, names: list[str]) -> set[tuple[int, int]]:
+        """Where the first turns were drawn, and where the second."""
+        running = [await manager.submit(name, TwoTurns(tmp_path)) for name in reversed(names)]
+        traces = [ended.trace for ended in [await each.ended() for each in running] if ended.trace]
+        assert [each.tokens[2] for each in traces] == [21 + 31] * 8
+        assert [each.tokens[0] for each in traces] == [answered[name] for name in reversed(names)]
+        return {(each.tokens[0], each.tokens[1]) for each in traces}
+
+    async with managers[0].run():
+        running = [await managers[0].submit(name, TwoTurns(tmp_path)) for name in NAMES]
+        for name in NAMES:
+            await eventually(tmp_path / f"{name}.pid")
+        await managers[0].cut()
+        assert Counter([(await each.ended()).outcome for each in running]) == {"suspended": 16}
+        answered = {name: int((tmp_path / f"{name}.pid").read_text()) for name in NAMES}
+        (tmp_path / "go").touch()
+        at_once = await go_on(managers[0], NAMES[:8])
+    async with managers[1].run():
+        later = await go_on(managers[1], NAMES[8:])
     former = {first for first, _ in at_once}
     assert at_once == {(each, each) for each in former}
     assert len(former) == len(later) == len({second for _, second in later}) == 2
