@@ -263,12 +263,12 @@ class TwoTurns:
 NAMES = [f"{i}" for i in range(16)]
 
 
-async def test_cut_episodes_go_on_in_their_actor_and_under_a_later_manager_from_its_journal(tmp_path: Path) -> None:
+async def test_cut_episodes_go_on_in_their_actor_and_in_a_later_one_from_its_journal(tmp_path: Path) -> None:
     """Sixteen, cut after their first turn. Half go on at once, in another order: both turns are of one process. Half go
     on later: the first turn is as a process gave it that is gone, which has one successor."""
-    managers = [RayManager(process, ManagerConfig(), 2, tmp_path) for _ in range(2)]
+    manager = RayManager(process, ManagerConfig(), 2, tmp_path)
 
-    async def go_on(manager: RayManager, names: list[str]) -> set[tuple[int, int]]:
+    async def go_on(names: list[str]) -> set[tuple[int, int]]:
         """Where the first turns were drawn, and where the second."""
         running = [await manager.submit(name, TwoTurns(tmp_path)) for name in reversed(names)]
         traces = [ended.trace for ended in [await each.ended() for each in running] if ended.trace]
@@ -276,17 +276,17 @@ async def test_cut_episodes_go_on_in_their_actor_and_under_a_later_manager_from_
         assert [each.tokens[0] for each in traces] == [answered[name] for name in reversed(names)]
         return {(each.tokens[0], each.tokens[1]) for each in traces}
 
-    async with managers[0].run():
-        running = [await managers[0].submit(name, TwoTurns(tmp_path)) for name in NAMES]
+    async with manager.run():
+        running = [await manager.submit(name, TwoTurns(tmp_path)) for name in NAMES]
         for name in NAMES:
             await eventually(tmp_path / f"{name}.pid")
-        await managers[0].cut()
+        await manager.cut()
         assert Counter([(await each.ended()).outcome for each in running]) == {"suspended": 16}
         answered = {name: int((tmp_path / f"{name}.pid").read_text()) for name in NAMES}
         (tmp_path / "go").touch()
-        at_once = await go_on(managers[0], NAMES[:8])
-    async with managers[1].run():
-        later = await go_on(managers[1], NAMES[8:])
+        at_once = await go_on(NAMES[:8])
+    async with manager.run():
+        later = await go_on(NAMES[8:])
     former = {first for first, _ in at_once}
     assert at_once == {(each, each) for each in former}
     assert len(former) == len(later) == len({second for _, second in later}) == 2

@@ -61,14 +61,14 @@ class RayManager:
         self._actors: list[_Remote] = []
         self._homes: dict[str, _Remote] = {}
         self._keys = itertools.count()
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
         """Episodes and actors live within it: leaving it waits for all episodes, leaving it by an exception cancels
         them. Raises what an actor raises that cannot open its engine or its journal."""
         make = ray.remote(_Actor).options(scheduling_strategy="SPREAD")
-        self._actors = []
+        self._actors, self._homes = [], {}
         try:
             for number in range(self._count):
                 path = self._journals and self._journals / f"{number}.sqlite"
@@ -92,16 +92,17 @@ class RayManager:
         """Waits for a place, and until the episode is in its actor. `rollout` takes an `Episode`, or with journals a
         `Resumable`. Raises ConnectionError when no actor is left."""
         packed = _cloudpickle.dumps(rollout)
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._choice(id) is not None or not self._living())
-            actor = self._choice(id)
-            if actor is None:
+        while (actor := self._choice(id)) is None:
+            if not self._living():
                 raise ConnectionError("all Ray actors of this manager have died; leave it and run another")
-            key = next(self._keys)
-            actor.episodes[key] = asyncio.get_running_loop().create_future()
+            self._changed.clear()
+            await self._changed.wait()
+        key = next(self._keys)
+        actor.episodes[key] = asyncio.get_running_loop().create_future()
         self.stats.submitted += 1
         started = asyncio.Event()
         task = self._group.create_task(self._run(actor, key, id, packed, started))
+        task.add_done_callback(lambda task: self._end(actor, key, id, started, task))
         await started.wait()
         return Running(id, task)
 
@@ -143,7 +144,7 @@ class RayManager:
             if not actor.open.is_set():
                 raise
             ray.kill(actor.handle)
-            await self._died(actor, error)
+            self._died(actor, error)
 
     async def _run(self, actor: "_Remote", key: int, id: str, packed: bytes, started: asyncio.Event) -> Ended:
         """Follows an episode. That it is cancelled is told to the actor, which says how it ends."""
@@ -160,18 +161,20 @@ class RayManager:
                 if cancelled:
                     actor.handle.cancel.remote(key)
                     cancelled = False
-        with contextlib.suppress(ray.exceptions.RayActorError):
+        with contextlib.suppress(ray.exceptions.RayError):
             starting.result()
-        ended = _unpack(id, ending)
-        self.stats.outcomes[ended.outcome] += 1
-        if self._journals and ended.outcome == "suspended":
-            self._homes[id] = actor
-        async with self._changed:
-            del actor.episodes[key]
-            self._changed.notify_all()
-        return ended
+        return _unpack(id, ending)
 
-    async def _died(self, actor: "_Remote", error: Exception) -> None:
+    def _end(self, actor: "_Remote", key: int, id: str, started: asyncio.Event, task: asyncio.Task[Ended]) -> None:
+        outcome = "cancelled" if task.cancelled() else task.result().outcome
+        self.stats.outcomes[outcome] += 1
+        if self._journals and outcome == "suspended":
+            self._homes[id] = actor
+        del actor.episodes[key]
+        started.set()
+        self._changed.set()
+
+    def _died(self, actor: "_Remote", error: Exception) -> None:
         actor.alive = False
         for ending in actor.episodes.values():
             if not ending.done():
@@ -179,8 +182,7 @@ class RayManager:
                 lost.__cause__ = error
                 ending.set_exception(lost)
         actor.numbers = {name: n for name, n in actor.numbers.items() if name == "turns" or name.startswith("faults_")}
-        async with self._changed:
-            self._changed.notify_all()
+        self._changed.set()
 
 
 @dataclass(frozen=True)
