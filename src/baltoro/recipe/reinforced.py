@@ -56,7 +56,7 @@ def joint_rl(run: Run) -> None:
             "text_reward": report.mean_of("perf", look_up.name),
         }
 
-    _reinforce(run, "rl", run.config.rl, run.model, engine, "policy", opened, lambda _: {"perf": 1.0}, record)
+    _reinforce(run, "rl", run.config.rl, engine, "policy", opened, lambda _: {"perf": 1.0}, record)
 
 
 def parl(run: Run) -> None:
@@ -82,7 +82,6 @@ def parl(run: Run) -> None:
         run,
         "parl",
         config.rl,
-        run.model,
         run.engine({"orchestrator": run.model, "subagent": frozen}),
         "orchestrator",
         lambda: contextlib.nullcontext(lambda seed: (env, env.sample(seed))),
@@ -95,7 +94,6 @@ def _reinforce(
     run: Run,
     name: str,
     config: RLConfig,
-    model: KimiK25,
     engine: LocalEngine,
     role: str,
     opened: Opened,
@@ -125,14 +123,14 @@ def _reinforce(
             mismatch=update.mismatch,
             **{f"mismatch_age_{age}": gap for age, gap in update.mismatch_by_age.items()},
         )
-        run.show(name, model, iteration.iteration, numbers)
+        run.show(name, run.model, iteration.iteration, numbers)
         if iteration.iteration == config.iterations:
             episodes.unlink(missing_ok=True)
             write_episodes(episodes, iteration.records, run.tokenizer, run.config.media)
 
     progress = run_rl(
         name,
-        model,
+        run.model,
         engine,
         config,
         opened,

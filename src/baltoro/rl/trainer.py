@@ -24,7 +24,7 @@ from baltoro.rollout.journal import Journal
 from baltoro.rollout.judge import Policy, Task, total
 from baltoro.rollout.manager import Ended, ManagerConfig, RolloutManager, Running
 from baltoro.rollout.partial import resumable
-from baltoro.rollout.record import Record
+from baltoro.rollout.record import Record, agents
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import trim_memory
 from baltoro.train.stage import optimizer_for
@@ -112,7 +112,7 @@ class IterationReport:
                 dict(self.weights),
                 reward,
                 advantage,
-                tuple(_aligned(t, next(recomputed)) if _trained(t, advantage) else () for t in _tree(trace)),
+                tuple(_aligned(t, next(recomputed)) if _trained(t, advantage) else () for _, t in agents(trace)),
             )
             for number, group in enumerate(self.groups)
             for seed, (trace, reward, advantage) in zip(group.seeds, _judged(group, self.weights), strict=True)
@@ -250,7 +250,7 @@ def _samples(group: Group, weights: Mapping[str, float], version: int) -> list[S
         )
         for trace, _, advantage in _judged(group, weights)
         if advantage is not None
-        for t in _tree(trace)
+        for _, t in agents(trace)
         if _trained(t, advantage)
     ]
 
@@ -263,7 +263,3 @@ def _aligned(trace: Trace, logprobs: list[float]) -> tuple[float, ...]:
     """Of the marked tokens, put where they stand; 0 elsewhere."""
     left = iter(logprobs)
     return tuple(next(left) if mask else 0.0 for mask in trace.loss_mask)
-
-
-def _tree(trace: Trace) -> list[Trace]:
-    return [trace, *(t for child in trace.children for t in _tree(child))]

@@ -15,7 +15,7 @@ from baltoro.agent.loop import Limits, derive_seed, run_agent, run_calls
 from baltoro.agent.tool import CallContext, Tool
 from baltoro.agent.trace import Status, Trace, Turn
 from baltoro.chat.messages import Message, Part, ToolSpec, system, tool_result, user
-from baltoro.rollout.judge import Bench, Judge, Policy, Task
+from baltoro.rollout.judge import Bench, Judge, Policy, Reward, Task, metric
 
 
 def _no_facts() -> Mapping[str, float]:
@@ -80,6 +80,15 @@ class Env:
             trace = await self.agent(engine, policy, world, self.limits)
             trace = trace.with_signals(**world.facts())
         return await self.judge.judge(task, trace, Bench(engine, seed))
+
+
+def rewarding(name: str, version: str, open_world: Open, limits: Limits) -> Env:
+    """An environment of another framework, which rewards by itself: a task is a seed, the fact `return` the reward."""
+    judge = Judge(
+        Reward("reward", lambda task, trace: trace.signals["return"]),
+        metric("calls", lambda task, trace: float(sum(len(turn.results) for turn in trace.turns))),
+    )
+    return Env(name, version, lambda seed: {"seed": seed % 2**31}, open_world, judge, limits)
 
 
 @dataclass(frozen=True, eq=False)

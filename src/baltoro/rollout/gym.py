@@ -17,8 +17,8 @@ from baltoro.agent.loop import Limits
 from baltoro.agent.tool import CallContext, ToolResult
 from baltoro.chat.messages import Clip, Image, Message, Part, ToolCall, ToolSpec, assistant
 from baltoro.rollout.arguments import some_arguments
-from baltoro.rollout.env import Env, Session, World
-from baltoro.rollout.judge import Judge, Reward, Task, metric
+from baltoro.rollout.env import Env, Session, World, rewarding
+from baltoro.rollout.judge import Task
 
 # gymnasium's own types are incomplete.
 _AnyEnv = Any
@@ -44,11 +44,7 @@ def from_gymnasium(make: Callable[[], _AnyEnv], name: str, version: str, prompt:
             finally:
                 await loop.run_in_executor(thread, inner.close)
 
-    judge = Judge(
-        Reward("reward", lambda task, trace: trace.signals["return"]),
-        metric("calls", lambda task, trace: float(sum(len(turn.results) for turn in trace.turns))),
-    )
-    return Env(name, version, lambda seed: {"seed": seed % 2**31}, open_world, judge, limits)
+    return rewarding(name, version, open_world, limits)
 
 
 class _Act:

@@ -18,8 +18,8 @@ from aiohttp import web
 from baltoro.agent.loop import Limits
 from baltoro.agent.tool import CallContext, ToolResult
 from baltoro.chat.messages import Clip, Image, Message, Part, ToolCall, ToolSpec, Video, assistant
-from baltoro.rollout.env import Env, Session, World
-from baltoro.rollout.judge import Judge, Reward, Task, metric
+from baltoro.rollout.env import Env, Session, World, rewarding
+from baltoro.rollout.judge import Task
 from baltoro.rollout.pictures import PREFIX, data_uri, from_data_uri
 from baltoro.rollout.toolset import untitled
 
@@ -48,11 +48,7 @@ def from_openenv(url: str, name: str, version: str, prompt: str, limits: Limits,
             yield World((prompt, *first), [act], facts=lambda: {"return": act.total, "steps": act.steps})
             await socket.send_json({"type": "close"})
 
-    judge = Judge(
-        Reward("reward", lambda task, trace: trace.signals["return"]),
-        metric("calls", lambda task, trace: float(sum(len(turn.results) for turn in trace.turns))),
-    )
-    return Env(name, version, lambda seed: {"seed": seed % 2**31}, open_world, judge, limits)
+    return rewarding(name, version, open_world, limits)
 
 
 class _Act:
