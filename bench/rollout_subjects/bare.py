@@ -22,15 +22,7 @@ async def agent(work: Work) -> list[str]:
 
 
 async def main(tasks: int) -> None:
-    work = Work(tasks)
-    async with work.lags():
-        running = [asyncio.create_task(agent(work)) for _ in range(tasks)]
-        await work.everybody.wait()
-    work.all_live()
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    work.report()
+    await Work(tasks).run(agent)
 
 
 if __name__ == "__main__":

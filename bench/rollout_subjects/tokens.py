@@ -46,15 +46,7 @@ async def main(tasks: int, ranks: Path) -> None:
             kept += drawn + [0.0] * len(result)
         return ids
 
-    work = Work(tasks)
-    async with work.lags():
-        running = [asyncio.create_task(agent(work)) for _ in range(tasks)]
-        await work.everybody.wait()
-    work.all_live()
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    work.report()
+    await Work(tasks).run(agent)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import json
 import os
 import resource
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
 
 TURNS = 6
 QUESTION = (
@@ -49,6 +50,17 @@ class Work:
         self._lags: list[float] = []
         self._memory = _memory()
         self._begin, self._cpu = time.perf_counter(), time.process_time()
+
+    async def run(self, agent: "Callable[[Work], Coroutine[Any, Any, object]]") -> None:
+        """One bare task for each agent, from the first until all are cancelled; then the report."""
+        async with self.lags():
+            running = [asyncio.create_task(agent(self)) for _ in range(self.tasks)]
+            await self.everybody.wait()
+        self.all_live()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        self.report()
 
     async def look_up(self, village: str, year: int = 0) -> str:
         self.turns += 1
