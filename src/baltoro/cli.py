@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from baltoro import config
 
@@ -152,15 +152,16 @@ def _env_play(file: Path, settings: EnvSettings) -> int:
 
 def _trace(file: Path, words: Sequence[str]) -> int:
     settings = config.from_overrides(words[1:], TraceSettings)
-    return {"verify": _trace_verify, "view": _trace_view, "perfetto": _trace_perfetto}[words[0]](file, settings)
+    return _TRACE[words[0]](file, settings)
 
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """`baltoro trace`. env: the file of the environment, to judge again. to: the file to write."""
+    """`baltoro trace`. env: the file of the environment, to judge again. to: the file to write. form: of an export."""
 
     env: Path | None = None
     to: Path | None = None
+    form: Literal["slime", "trl"] | None = None
 
 
 def _trace_verify(file: Path, settings: TraceSettings) -> int:
@@ -211,6 +212,21 @@ def _trace_perfetto(file: Path, settings: TraceSettings) -> int:
     write_perfetto(read_episodes(file).records, target)
     print(f"{target}; open it in https://ui.perfetto.dev or chrome://tracing")
     return 0
+
+
+def _trace_export(file: Path, settings: TraceSettings) -> int:
+    from baltoro.rollout.export import write_export
+    from baltoro.rollout.record import read_episodes
+
+    if settings.form is None:
+        raise ValueError("an export needs a form; say form=slime or form=trl")
+    target = settings.to or file.with_suffix(f".{settings.form}.jsonl")
+    lines, left_out = write_export(read_episodes(file), target, settings.form)
+    print(f"{target}: {lines} agents" + (f"; left out, because pixels cannot cross: {left_out}" if left_out else ""))
+    return 0
+
+
+_TRACE = {"verify": _trace_verify, "view": _trace_view, "perfetto": _trace_perfetto, "export": _trace_export}
 
 
 COMMANDS = {
@@ -265,7 +281,7 @@ COMMANDS = {
         file=("FILE", "the environment's Python file"),
     ),
     "trace": Command(
-        "verify or show recorded episodes",
+        "verify, show or export recorded episodes",
         "verify FILE: recomputes what training relies on, and prints one line for everything that is wrong: turns\n"
         "that do not extend the tokens before them, masks and log-probabilities that do not fit, media tokens against\n"
         "grids and pixels, control tokens within text, rewards, draws that are trained on twice; then, by role, what\n"
@@ -273,10 +289,12 @@ COMMANDS = {
         "view FILE: writes one HTML file beside it, or where to= says, that shows groups, episodes and agents token\n"
         "by token, coloured by loss mask, log-probability, advantage or mismatch. It needs no network.\n"
         "perfetto FILE: writes when which agent did what, for ui.perfetto.dev, beside it or where to= says.\n"
+        "export FILE form=slime (or trl): writes trainable agents for another trainer, a JSON line each, token by\n"
+        "token; those that saw pictures or video are left out.\n"
         "FILE is a .jsonl file that a run wrote, with the folder of the same name beside it.",
         "baltoro trace verify runs/nano/episodes/rl.jsonl",
         _trace,
-        subjects=("verify", "view", "perfetto"),
+        subjects=tuple(_TRACE),
         file=("FILE", "a file of episodes"),
     ),
     "serve": Command(
