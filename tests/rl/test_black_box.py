@@ -96,3 +96,20 @@ async def test_the_end_of_the_program_ends_what_waits_for_it() -> None:
     async with program(command, ScriptedEngine(T, _agent), T, MEDIA, "m", RULES.max_context_tokens) as running:
         with pytest.raises(RuntimeError, match="ended with status 3"):
             await running.solve("a", _job(1))
+
+
+async def test_an_answer_may_be_long() -> None:
+    """Two million letters, where asyncio reads lines of 64 KB."""
+    command = (
+        "import json, os, sys, urllib.request as web\n"
+        "told = json.loads(sys.stdin.readline())\n"
+        "body = json.dumps({'model': 'm', 'messages': [{'role': 'user', 'content': 'hi'}]}).encode()\n"
+        "headers = {'Authorization': 'Bearer ' + os.environ['OPENAI_API_KEY'], 'Content-Type': 'application/json'}\n"
+        "web.urlopen(web.Request(told['base_url'] + '/chat/completions', body, headers)).read()\n"
+        "print(json.dumps({'session': told['session'], 'answer': 'é' * 2_000_000}), flush=True)\n"
+    )
+    engine = ScriptedEngine(T, lambda prompt, role: completion_text("yes"))
+    async with program((sys.executable, "-c", command), engine, T, MEDIA, "m", 3000) as running:
+        answer, trace = await running.solve("a", _job(1))
+    assert answer == "é" * 2_000_000
+    assert trace.final_text == "yes"

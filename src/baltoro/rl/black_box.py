@@ -17,7 +17,8 @@ from baltoro.chat.tokenizer import Tokenizer
 from baltoro.rollout.gateway.api import Api, ApiConfig
 from baltoro.rollout.gateway.engine import EngineUpstream
 
-# The program is ours: its own concurrency is the limit.
+# The program is ours: its own concurrency is the limit. Bytes of a request, and of a line with an answer: an answer may
+# be as long as a dialogue.
 _MAX_CHOICES, _MAX_BODY = 2**20, 2**26
 
 
@@ -83,6 +84,7 @@ async def program(
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            limit=_MAX_BODY,
             env={**os.environ, "OPENAI_API_KEY": key},
         )
         running = Program(api, runner.addresses[0][1], process)
