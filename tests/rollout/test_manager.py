@@ -122,6 +122,42 @@ def test_every_way_to_end_is_one_outcome() -> None:
     assert isinstance(ended[4].error, KeyError)
 
 
+def test_numbers_by_hand() -> None:
+    """Three agents and a judge on two permits, looked at in the middle of the first second, of the third, and after."""
+
+    async def refuse(prompt: TokenSequence, sampling: Sampling, role: str) -> None:
+        await asyncio.sleep(1)
+        if role == "judge":
+            raise KeyError("no judge")
+
+    async def judged(episode: Episode) -> Trace:
+        await ask(episode, "judge")
+        return trace()
+
+    async def limited(episode: Episode) -> Trace:
+        await ask(episode)
+        return trace("limit")
+
+    async def main() -> list[dict[str, float]]:
+        manager = RolloutManager(Second(refuse), ManagerConfig(calls=2, retries={KeyError: 0}))
+        async with manager.run():
+            for number, rollout in enumerate((one_turn, limited, one_turn, judged)):
+                await manager.submit(f"{number}", rollout)
+            await asyncio.sleep(0.5)
+            seen = [manager.numbers()]
+            await asyncio.sleep(1)
+            seen.append(manager.numbers())
+        return [{name: value for name, value in each.items() if value} for each in (*seen, manager.numbers())]
+
+    first, second, last = run_virtual(main())
+    assert first == {"live": 4, "submitted": 4, "calls_limit": 2, "calls_running_agent": 2} | {
+        "calls_waiting_agent": 1, "calls_waiting_judge": 1,
+    }  # fmt: skip
+    half = {"submitted": 4, "turns": 2, "outcomes_completed": 1, "outcomes_limit": 1, "calls_limit": 2}
+    assert second == half | {"live": 2, "calls_running_agent": 1, "calls_running_judge": 1}
+    assert last == half | {"turns": 3, "outcomes_completed": 2, "outcomes_crashed": 1, "faults_KeyError": 1}
+
+
 def test_submit_waits_for_a_place() -> None:
     async def main() -> None:
         manager = RolloutManager(Second(), ManagerConfig(live=2))

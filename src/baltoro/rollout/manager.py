@@ -212,7 +212,7 @@ class RolloutManager:
             "turns": stats.turns,
             "calls_limit": permits.limit,
             **{f"calls_running_{role}": count for role, count in permits.running.items()},
-            **{f"calls_waiting_{role}": permits.waiting[role] for role in permits.running},
+            **{f"calls_waiting_{role}": count for role, count in permits.waiting.items()},
             **{f"faults_{kind}": count for kind, count in stats.faults.items()},
         }
 
