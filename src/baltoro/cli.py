@@ -91,10 +91,12 @@ def _serve(target: Path, overrides: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class EnvSettings:
-    """`baltoro env`. seed: of the task to play; pictures: the folder that they are written into."""
+    """`baltoro env`. seed: of the task to play; pictures: the folder that they are written into. check_s: seconds that
+    one check may take."""
 
     seed: int = 0
     pictures: Path = Path("play")
+    check_s: float = 120.0
 
 
 def _env(file: Path, words: Sequence[str]) -> int:
@@ -122,7 +124,7 @@ def _env_check(file: Path, settings: EnvSettings) -> int:
 
     env = load_env(file)
     # An environment that blocks the loop for good could not be stopped otherwise; the traceback shows where it hangs.
-    checks = asyncio.run(conform(env, lambda name: faulthandler.dump_traceback_later(120, exit=True)))
+    checks = asyncio.run(conform(env, lambda name: faulthandler.dump_traceback_later(settings.check_s, exit=True)))
     faulthandler.cancel_dump_traceback_later()
     for check in checks:
         print(f"{'fault' if check.faults else 'ok':5} {check.name}")
@@ -272,7 +274,8 @@ COMMANDS = {
         "new FILE: writes a small environment that runs at once, to be changed into your own.\n"
         "check FILE: puts an environment to the test of the interface: the same under the same seed, typed\n"
         "observations, valid tools, instances that share nothing, reset after close, finite named rewards, bounded\n"
-        "steps that do not hold up others, nothing left after a cancellation. Exit status 1 if it has faults.\n"
+        "steps that do not hold up others, nothing left after a cancellation. Exit status 1 if it has faults, or if a\n"
+        "check hangs for check_s= seconds: then with a traceback that shows where.\n"
         "play FILE: you are the agent. seed= chooses the task, pictures= the folder for the pictures.\n"
         "An environment is a Python file that says `env = Env(...)`; check and play run it.",
         "baltoro env play desktop.py seed=3",

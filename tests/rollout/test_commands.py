@@ -36,6 +36,17 @@ def test_a_new_environment_conforms_and_can_be_played(tmp_path: Path) -> None:
     assert (status, out.splitlines()[-1]) == (1, "guess : 1 faults")
 
 
+def test_an_environment_that_blocks_for_good_is_ended_and_shown(tmp_path: Path) -> None:
+    assert baltoro(tmp_path, "env", "new", "hangs")[0] == 0
+    file = tmp_path / "hangs.py"
+    before, after = file.read_text().split("        if number ==")
+    file.write_text(f"{before}        __import__('time').sleep(1e9)\n        if number =={after}")
+    status, out = baltoro(tmp_path, "env", "check", "hangs.py", "check_s=3")
+    assert status == 1
+    assert "Timeout (0:00:03)!" in out
+    assert f'hangs.py", line {before.count(chr(10)) + 1} in guess' in out
+
+
 @pytest.mark.parametrize("words", [["env", "check", "absent.py"], ["trace", "verify", "absent.jsonl"]])
 def test_a_missing_file_is_one_line(tmp_path: Path, words: list[str]) -> None:
     status, out = baltoro(tmp_path, *words)

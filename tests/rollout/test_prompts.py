@@ -72,16 +72,23 @@ def test_a_prompt_in_other_words_keeps_its_pictures() -> None:
 
 def test_instructions_are_told_and_judged_beside_the_task() -> None:
     env = instructed(questions("train"), 0.5, (2, 2))
-    task = env.sample(3)
     words = {c.name: c for c in CONSTRAINTS}
-    texts = [words[i["name"]].text.format(**i["parameters"]) for i in task["instructions"]]
-    assert len(texts) == 2
-    text, step = answer(env, 3, "")
-    assert text.endswith("\n".join(texts))
-    marks = [words[i["name"]].holds("", i["parameters"]) for i in task["instructions"]]
-    assert step.info["signals"]["instructions"] == sum(marks) / 2
-    assert step.info["signals"]["all-instructions"] == float(all(marks))
-    assert step.reward == step.info["signals"]["perf"] + 0.5 * sum(marks) / 2
+
+    def told(seed: int) -> list[str]:
+        return [words[i["name"]].text.format(**i["parameters"]) for i in env.sample(seed)["instructions"]]
+
+    def followed(seed: int) -> int:
+        """Of the two, by an answer without a word."""
+        return sum(words[i["name"]].holds("", i["parameters"]) for i in env.sample(seed)["instructions"])
+
+    for marks in (0, 1, 2):
+        seed = next(seed for seed in range(99) if followed(seed) == marks)
+        text, step = answer(env, seed, "")
+        assert len(told(seed)) == 2
+        assert text.endswith("\n".join(told(seed)))
+        signals = step.info["signals"]
+        assert (signals["instructions"], signals["all-instructions"]) == (marks / 2, float(marks == 2))
+        assert step.reward == signals["perf"] + 0.25 * marks
 
 
 @given(st.integers(0, 10**9))

@@ -1,11 +1,11 @@
 """A signature becomes a schema; what a function gives back is what the model sees."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from baltoro.agent.tool import CallContext, ToolResult
 from baltoro.chat.declare import declare_tools
@@ -102,8 +102,19 @@ def test_a_function_that_cannot_be_declared() -> None:
             toolset(function)
 
 
+class Book(BaseModel):
+    title: int
+
+
 def test_a_parameter_may_be_called_title_at_any_depth() -> None:
-    async def order(title: dict[str, Sequence[int]]) -> None: ...
+    async def order(title: str, book: Book) -> None: ...
 
     (tool,) = toolset(order)
-    assert tool.spec.parameters["required"] == ["title"]
+    assert tool.spec.parameters == {
+        "type": "object",
+        "properties": {"title": {"type": "string"}, "book": {"$ref": "#/$defs/Book"}},
+        "required": ["title", "book"],
+        "$defs": {
+            "Book": {"type": "object", "properties": {"title": {"type": "integer"}}, "required": ["title"]},
+        },
+    }
