@@ -113,7 +113,7 @@ def roll_out(env: Env, served: Served, config: RollOutConfig, folder: Path, cons
         try:
             return asyncio.run(_roll_out(env, served, config, folder, console))
         except BaseExceptionGroup as group:
-            raise _first(cast(BaseExceptionGroup[BaseException], group)) from None
+            raise _first(group) from None
 
 
 async def _roll_out(env: Env, served: Served, config: RollOutConfig, folder: Path, console: Console) -> RolledOut:
@@ -243,7 +243,7 @@ async def _check(journal: Journal, folder: Path, settings: dict[str, object]) ->
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         name = changed[0]
-        held = f"a run with another {name} ({before[name]}, not {settings[name]})" if before else "something else"
+        held = f"a run with another {name} ({before.get(name)}, not {settings[name]})" if before else "something else"
         raise ValueError(f"{folder} holds {held}; choose another folder= or delete this one")
 
 
@@ -266,6 +266,7 @@ def _locked(folder: Path) -> Generator[None]:
         yield
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = cast(BaseExceptionGroup[BaseException], error).exceptions[0]
+    return error

@@ -56,11 +56,12 @@ def summary(records: Sequence[Record], rollouts: int) -> dict[str, Estimate]:
 def lines(records: Sequence[Record], rollouts: int, faults: Counter[str]) -> list[str]:
     """For a person to read. faults: why other episodes are missing."""
     outcomes = Counter(record.trace.status for record in records)
+    ended = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
     unjudged = sum(record.reward is None for record in records)
     rows = summary(records, rollouts)
     width = max(map(len, rows), default=0)
     return [
-        f"{len(records)} episodes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items())}",
+        f"{len(records)} episodes{': ' * bool(ended)}{ended}",
         *([f"{unjudged} of them have no reward: a judge failed"] if unjudged else []),
         *([f"{'':{width}} {'mean':>10} {'error':>10} {'tasks':>6}"] if rows else []),
         *(f"{name:{width}} {row.mean:10.4g} {row.error:10.2g} {row.tasks:6}" for name, row in rows.items()),
