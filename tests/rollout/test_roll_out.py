@@ -99,8 +99,10 @@ async def serving(server: Server) -> AsyncIterator[str]:
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 async def start(folder: Path, *words: str) -> asyncio.subprocess.Process:
@@ -146,6 +148,7 @@ def kept(file: Path) -> dict[tuple[str, int], Any]:
     return told
 
 
+@pytest.mark.timeout(300)
 async def test_a_run_that_is_killed_and_interrupted_goes_on(baltoro: Terminal) -> None:
     """18 episodes of 5 turns; what comes out in the end is what a run without any of this leaves."""
     calm, rough = Server(), Server()
@@ -160,7 +163,7 @@ async def test_a_run_that_is_killed_and_interrupted_goes_on(baltoro: Terminal) -
     assert calm.asked.total() == len(calm.asked) == 90
 
     async with serving(rough) as url:
-        rough.pause_s = 0.02
+        rough.pause_s = 0.1
         for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
             rough.enough = rough.asked.total() + 20
             rough.reached.clear()
@@ -180,9 +183,9 @@ async def test_a_run_that_is_killed_and_interrupted_goes_on(baltoro: Terminal) -
         assert rough.asked.total() == asked
 
         assert kept(baltoro.folder / "rough/episodes.jsonl") == kept(baltoro.folder / "calm/episodes.jsonl")
-        # Every end costs the calls in flight and those of the last commits, never those before.
+        # Every end costs the calls in flight and those of the last commits, never all 20 before.
         assert rough.asked.keys() == calm.asked.keys()
-        assert asked < 90 + 3 * 3 * CALLS
+        assert asked < 90 + 2 * 20
 
         status, out, _ = await baltoro(*command(url, "folder=rough", "rollouts=4"))
         assert (status, "24 episodes: 24 completed" in out) == (0, True)

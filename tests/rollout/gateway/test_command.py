@@ -139,7 +139,7 @@ async def test_the_lag_of_the_loop_is_told(tmp_path: Path) -> None:
         command(str(tmp_path / "calls.db"), "upstream=http://127.0.0.1:9/v1") as (url, _),
         ClientSession(url) as http,
     ):
-        lag = {"p50": 0.0, "p99": 0.0}
+        lag, lines = {"p50": 0.0, "p99": 0.0}, list[str]()
         while not all(lag.values()):
             async with http.get("/metrics") as response:
                 lines = (await response.text()).splitlines()
