@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from peers.deepseek_v3 import deepseek_v3
 
 from baltoro.agent.engine import Sampling
 from baltoro.chat.messages import TokenSequence
@@ -21,7 +22,6 @@ from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.config import NANO, TextConfig
 from baltoro.model.init import initialise
 from baltoro.model.kimi import KimiK25
-from baltoro.model.moe import Experts
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import prepare_machine
 
@@ -75,45 +75,6 @@ def build(text: TextConfig) -> KimiK25:
     # Logits of 0 never win, so neither side stops early or has to suppress a token.
     model.language_model.lm_head.weight[[TOKENIZER.media_pad, TOKENIZER.im_end]] = 0
     return model
-
-
-def peer_of(model: KimiK25) -> transformers.DeepseekV3ForCausalLM:
-    c = model.config.text
-    config = transformers.DeepseekV3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_heads,
-        q_lora_rank=c.q_lora_rank,
-        kv_lora_rank=c.kv_lora_rank,
-        qk_nope_head_dim=c.qk_nope_head_dim,
-        qk_rope_head_dim=c.qk_rope_head_dim,
-        v_head_dim=c.v_head_dim,
-        intermediate_size=c.intermediate_size,
-        first_k_dense_replace=c.first_k_dense,
-        n_routed_experts=c.n_routed_experts,
-        num_experts_per_tok=c.num_experts_per_tok,
-        n_shared_experts=c.n_shared_experts,
-        moe_intermediate_size=c.moe_intermediate_size,
-        routed_scaling_factor=c.routed_scaling_factor,
-        n_group=1,
-        topk_group=1,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=TOKENIZER.im_end,
-    )
-    peer = transformers.DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
-    weights = model.language_model.state_dict()
-    for name, module in model.language_model.named_modules():
-        if isinstance(module, Experts):
-            gate, up, down = (weights.pop(f"{name}.{part}_proj").transpose(1, 2) for part in ("gate", "up", "down"))
-            weights[f"{name}.gate_up_proj"] = torch.cat((gate, up), 1)
-            weights[f"{name}.down_proj"] = down
-    peer.load_state_dict(weights)
-    return peer
 
 
 def run_ours(model: KimiK25, prompts: list[list[int]], new: int) -> tuple[Timing, int]:
@@ -178,7 +139,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     models = {"nano": build(NANO.text), "mid": build(MID)}
-    peers = {name: peer_of(model) for name, model in models.items()}
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": TOKENIZER.im_end}
+    peers = {name: deepseek_v3(model, **ends).eval().requires_grad_(False) for name, model in models.items()}
     ratios: dict[str, float] = {}
     record: dict[str, object] = {}
     for size in SIZES:

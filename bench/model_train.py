@@ -16,13 +16,13 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from peers.deepseek_v3 import deepseek_v3
 from torch import Tensor
 
 from baltoro.chat.messages import TokenSequence
 from baltoro.model.config import NANO, TextConfig
 from baltoro.model.init import initialise
 from baltoro.model.kimi import KimiK25, count_parameters
-from baltoro.model.moe import Experts
 from baltoro.train.losses import next_token_loss
 from baltoro.train.machine import prepare_machine
 from baltoro.train.packing import pack
@@ -72,43 +72,6 @@ def documents(tokens: int, vocabulary: int) -> list[list[int]]:
         length = min(max(round(rng.lognormvariate(4.5, 0.75)), 28), left)
         out.append([rng.randrange(vocabulary) for _ in range(length)])
     return out
-
-
-def peer_of(model: KimiK25) -> transformers.DeepseekV3ForCausalLM:
-    c = model.config.text
-    config = transformers.DeepseekV3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_heads,
-        q_lora_rank=c.q_lora_rank,
-        kv_lora_rank=c.kv_lora_rank,
-        qk_nope_head_dim=c.qk_nope_head_dim,
-        qk_rope_head_dim=c.qk_rope_head_dim,
-        v_head_dim=c.v_head_dim,
-        intermediate_size=c.intermediate_size,
-        first_k_dense_replace=c.first_k_dense,
-        n_routed_experts=c.n_routed_experts,
-        num_experts_per_tok=c.num_experts_per_tok,
-        n_shared_experts=c.n_shared_experts,
-        moe_intermediate_size=c.moe_intermediate_size,
-        routed_scaling_factor=c.routed_scaling_factor,
-        n_group=1,
-        topk_group=1,
-        rms_norm_eps=EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        use_cache=False,
-    )
-    peer = transformers.DeepseekV3ForCausalLM(config)
-    weights = model.language_model.state_dict()
-    for name, module in model.language_model.named_modules():
-        if isinstance(module, Experts):
-            gate, up, down = (weights.pop(f"{name}.{part}_proj").transpose(1, 2) for part in ("gate", "up", "down"))
-            weights[f"{name}.gate_up_proj"] = torch.cat((gate, up), 1)
-            weights[f"{name}.down_proj"] = down
-    peer.load_state_dict(weights)
-    return peer.to(DEVICE, DTYPE).train()
 
 
 Forms = dict[str, list[dict[str, Tensor]]]
@@ -170,7 +133,7 @@ def compare(name: str, text: TextConfig, tokens: int, rounds: int) -> dict[str, 
     model = KimiK25(dataclasses.replace(NANO, text=dataclasses.replace(text, rms_norm_eps=EPSILON)), 0, DTYPE)
     initialise(model, torch.Generator().manual_seed(0))
     model.to(DEVICE).train()
-    peer = peer_of(model)
+    peer = deepseek_v3(model, use_cache=False).to(DEVICE, DTYPE).train()
     texts = documents(tokens, text.vocab_size)
     batch = pack([TokenSequence(ids, [], [1] * len(ids)) for ids in texts], NANO.vision.patch_size, DEVICE)
     # The picture of a document that has none must not be looked for where an id happens to be the placeholder's.

@@ -78,15 +78,12 @@ def _convert(source: Path, words: Sequence[str]) -> None:
 
 
 def _serve(target: Path, overrides: Sequence[str]) -> None:
-    from baltoro.recipe.commands import open_run
-    from baltoro.recipe.settings import RecipeConfig
-    from baltoro.serve.load import ServeConfig, open_release, serve_model
+    from baltoro.recipe.commands import open_model
+    from baltoro.serve.load import ServeConfig, serve_model
 
     settings = config.from_overrides(overrides, ServeConfig)
-    folder = target if target.is_dir() else config.load(target, (), RecipeConfig).folder
-    is_run = (folder / "checkpoints").is_dir()
-    loaded = open_run(folder, settings) if is_run else open_release(folder, settings)
-    serve_model(loaded, settings, settings.name or folder.resolve().name)
+    loaded = open_model(target, settings)
+    serve_model(loaded, settings, settings.name or loaded.folder.resolve().name)
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,8 @@ class EnvSettings:
 
 
 def _env(file: Path, words: Sequence[str]) -> int:
+    if words[0] == "run":
+        return _env_run(file, words[1:])
     settings = config.from_overrides(words[1:], EnvSettings)
     return {"new": _env_new, "check": _env_check, "play": _env_play}[words[0]](file, settings)
 
@@ -150,6 +149,29 @@ def _env_play(file: Path, settings: EnvSettings) -> int:
 
     asyncio.run(play(load_env(file), settings.seed, settings.pictures, read, print, sys.stdout.isatty()))
     return 0
+
+
+def _env_run(file: Path, overrides: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from baltoro.rollout.conform import load_env
+    from baltoro.rollout.roll_out import RollOutConfig, remote, roll_out
+    from baltoro.rollout.summary import lines
+
+    settings = config.from_overrides(overrides, RollOutConfig)
+    env, folder = load_env(file), settings.folder or Path("runs") / file.stem
+    if settings.checkpoint is None:
+        served = remote(settings, os.environ.get("BALTORO_UPSTREAM_KEY", ""))
+    else:
+        from baltoro.recipe.commands import open_model
+        from baltoro.serve.load import ServeConfig, local
+
+        opened = ServeConfig(stage=settings.stage, threads=settings.threads, dtype=settings.dtype)
+        served = local(open_model(settings.checkpoint, opened), settings.slots, settings.context)
+    out = roll_out(env, served, settings, folder, Console())
+    print("\n".join(lines(out.records, settings.rollouts, out.faults)))
+    print(f"{folder}/episodes.jsonl; show it: baltoro trace view {folder}/episodes.jsonl")
+    return min(out.faults.total(), 1)
 
 
 def _trace(file: Path, words: Sequence[str]) -> int:
@@ -270,17 +292,24 @@ COMMANDS = {
         forms=("bf16", "int4", "hf"),
     ),
     "env": Command(
-        "write, check or play an environment",
+        "write, check, play or run an environment",
         "new FILE: writes a small environment that runs at once, to be changed into your own.\n"
         "check FILE: puts an environment to the test of the interface: the same under the same seed, typed\n"
         "observations, valid tools, instances that share nothing, reset after close, finite named rewards, bounded\n"
         "steps that do not hold up others, nothing left after a cancellation. Exit status 1 if it has faults, or if a\n"
         "check hangs for check_s= seconds: then with a traceback that shows where.\n"
         "play FILE: you are the agent. seed= chooses the task, pictures= the folder for the pictures.\n"
-        "An environment is a Python file that says `env = Env(...)`; check and play run it.",
-        "baltoro env play desktop.py seed=3",
+        "run FILE: a model is the agent. tasks= of them, from seed= on, are played rollouts= times each; then means\n"
+        "over tasks are told with standard errors. upstream=URL model=NAME tokenizer=tiktoken.model is a server\n"
+        "that reads token ids (kind=vllm or sglang; URL without /v1, its key in BALTORO_UPSTREAM_KEY), or\n"
+        "checkpoint=FOLDER is what `baltoro serve` would serve (stage, slots, threads, dtype as there). Further\n"
+        "settings: context, calls (of the engine, at once), temperature, top_p, thinking. folder= (runs/NAME) gets\n"
+        "episodes.jsonl, which `baltoro trace` reads, and a journal. To resume, run the same command again; with more\n"
+        "tasks or rollouts, only those are added. Exit status 1 if episodes are missing because something failed.\n"
+        "An environment is a Python file that says `env = Env(...)`; check, play and run execute it.",
+        "baltoro env run desktop.py checkpoint=runs/nano tasks=16 rollouts=4",
         _env,
-        subjects=("new", "check", "play"),
+        subjects=("new", "check", "play", "run"),
         file=("FILE", "the environment's Python file"),
     ),
     "trace": Command(

@@ -1,5 +1,6 @@
 """What was put down is there when the file is opened again."""
 
+import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -35,6 +36,24 @@ async def test_written_means_that_another_process_could_read_it(tmp_path: Path) 
         with sqlite3.connect(tmp_path / "j") as other:
             assert other.execute("SELECT value FROM records").fetchall() == [(b"v",)]
         other.close()
+
+
+async def test_what_was_put_down_before_a_cancellation_is_there_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Journal.open(tmp_path / "j") as journal:
+            for i in range(1000):
+                journal.put("e", b"%d" % i, b"x")
+            put.set()
+            await asyncio.sleep(1e6)
+
+    put = asyncio.Event()
+    task = asyncio.create_task(work())
+    await put.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with Journal.open(tmp_path / "j") as journal:
+        assert len(await journal.records("e")) == 1000
 
 
 async def test_an_episode_is_claimed_once_and_its_records_go_when_it_was_trained_on(tmp_path: Path) -> None:

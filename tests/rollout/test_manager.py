@@ -153,9 +153,15 @@ def test_numbers_by_hand() -> None:
     assert first == {"live": 4, "submitted": 4, "calls_limit": 2, "calls_running_agent": 2} | {
         "calls_waiting_agent": 1, "calls_waiting_judge": 1,
     }  # fmt: skip
-    half = {"submitted": 4, "turns": 2, "outcomes_completed": 1, "outcomes_limit": 1, "calls_limit": 2}
+    half = {"submitted": 4, "turns": 2, "tokens": 2, "outcomes_completed": 1, "outcomes_limit": 1, "calls_limit": 2}
     assert second == half | {"live": 2, "calls_running_agent": 1, "calls_running_judge": 1}
-    assert last == half | {"turns": 3, "outcomes_completed": 2, "outcomes_crashed": 1, "faults_KeyError": 1}
+    assert last == half | {
+        "turns": 3,
+        "tokens": 3,
+        "outcomes_completed": 2,
+        "outcomes_crashed": 1,
+        "faults_KeyError": 1,
+    }
 
 
 def test_submit_waits_for_a_place() -> None:

@@ -54,10 +54,10 @@ def test_slices_by_hand(tmp_path: Path) -> None:
 class Quick:
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
         await asyncio.sleep(0.01)
-        return Completion([1], [0.0], "stop", 0)
+        return Completion([1, 2], [0.0, 0.0], "stop", 0)
 
 
-def test_a_manager_is_watched() -> None:
+def watch(terminal: bool) -> str:
     async def rollout(episode: Episode) -> Trace:
         for _ in range(3):
             await episode.generate(TokenSequence([1]), Sampling(1), "agent")
@@ -65,16 +65,30 @@ def test_a_manager_is_watched() -> None:
 
     async def main() -> str:
         out = io.StringIO()
+        console = Console(file=out, width=80, force_terminal=terminal, color_system=None, _environ={"TERM": "xterm"})
         manager = RolloutManager(Quick(), ManagerConfig(calls=2))
-        async with manager.run(), watched(manager, Console(file=out, width=80)):
+        async with manager.run(), watched(manager, console, lambda: {"pages_used": 7.0, "waiting": 0.0}):
             running = [await manager.submit(f"{n}", rollout) for n in range(4)]
             for each in running:
                 await each.ended()
         return out.getvalue()
 
-    rows = [[cell.strip() for cell in line.split("│")] for line in asyncio.run(main()).splitlines()]
+    return asyncio.run(main())
+
+
+def test_a_manager_is_watched() -> None:
+    rows = [[cell.strip() for cell in line.split("│")] for line in watch(terminal=True).splitlines()]
     shown = {row[1]: row[2] for row in rows if len(row) == 5}
-    assert shown.items() >= {"submitted": "4", "turns": "12", "outcomes completed": "4", "calls limit": "2"}.items()
+    counts = {"submitted": "4", "turns": "12", "tokens": "24", "outcomes completed": "4", "calls limit": "2"}
+    assert shown.items() >= {**counts, "engine pages used": "7"}.items()
+
+
+def test_on_a_pipe_it_is_a_line_in_the_end() -> None:
+    """Of a second, where lines come every five."""
+    (line,) = watch(terminal=False).splitlines()
+    head = "rollouts:  submitted 4  outcomes completed 4  turns 12  tokens 24  calls limit 2  engine pages used 7  lag"
+    assert line.startswith(head)
+    assert line.isprintable()
 
 
 def test_rates_are_a_second() -> None:

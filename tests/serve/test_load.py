@@ -31,6 +31,7 @@ from baltoro.model.init import initialise
 from baltoro.model.kimi import KimiK25
 from baltoro.recipe.commands import open_run
 from baltoro.recipe.settings import RecipeConfig
+from baltoro.rollout.record import read_episodes
 from baltoro.serve.load import Loaded, ServeConfig, open_release
 from baltoro.serve.local import LocalEngine
 from baltoro.train.state import Progress, save_state
@@ -154,6 +155,11 @@ def test_the_command_answers_and_drains(run_folder: Path) -> None:
 
         stream = client.chat.completions.create(**ask, stream=True, max_tokens=150, seed=1)
         next(stream)
+        metrics = urllib.request.Request(url.removesuffix("/v1") + "/metrics", headers={"Authorization": "Bearer key"})
+        with urllib.request.urlopen(metrics) as answer:
+            told = answer.read().decode()
+        assert "baltoro_gateway_engine_running 1\n" in told
+        assert "baltoro_gateway_engine_pages 256\n" in told  # two slots of 2048 tokens, 16 a page
         process.send_signal(signal.SIGTERM)
         with pytest.raises((openai.InternalServerError, openai.APIConnectionError)) as refused:
             while True:  # until the signal has arrived
@@ -178,3 +184,49 @@ def test_a_port_that_is_taken_is_one_line(run_folder: Path, capsys: pytest.Captu
     assert error.count("\n") == 1
     assert str(port) in error
     assert error.endswith("address already in use; choose another host= or port=\n")
+
+
+ENV = """
+from contextlib import asynccontextmanager
+
+from baltoro.agent.loop import Limits
+from baltoro.rollout.env import Env, World
+from baltoro.rollout.judge import Judge, Reward
+
+
+@asynccontextmanager
+async def open_world(task, seed):
+    yield World((f"say {task['word']}",))
+
+
+env = Env(
+    "say",
+    "1",
+    lambda seed: {"word": "ab"[seed % 2] * 3},
+    open_world,
+    Judge(Reward("said", lambda task, trace: float(trace.final_text == task["word"]))),
+    Limits(max_turns=1, max_context_tokens=4096, max_turn_tokens=12),
+)
+"""
+
+
+def test_an_environment_is_run_on_a_run_folder(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "say.py").write_text(ENV)
+    words = ["env", "run", "say.py", f"checkpoint={run_folder}", "tasks=3", "rollouts=2", "threads=1", "dtype=float32"]
+    assert cli.main([*words, "stage=rl"]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert f"say 1 by {run_folder} (rl.safetensors of " in out
+    assert "contexts up to 1024 tokens" in out  # the model's
+    assert "engine pages" in out
+    recording = read_episodes(tmp_path / "runs/say/episodes.jsonl")
+    assert sorted(record.group for record in recording.records) == ["0", "0", "1", "1", "2", "2"]
+    assert recording.tokenizer.to_bytes() == T.to_bytes()
+    assert cli.main(["trace", "verify", "runs/say/episodes.jsonl", "env=say.py"]) == 0
+    # What was trained on since is another model.
+    os.utime(run_folder / "checkpoints/rl.safetensors", (1, 1))
+    assert cli.main([*words, "stage=rl"]) == 2
+    assert "holds a run with another model" in capsys.readouterr().err

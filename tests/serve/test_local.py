@@ -371,6 +371,27 @@ def test_pages_come_back_and_memory_grows_with_use() -> None:
     assert len(lane.cache[0]) < 200
 
 
+def test_numbers_by_hand() -> None:
+    """Two places for three prompts of 9 tokens, which take three pages of 4 each."""
+    engine = _engine(_model(0), slots=2)
+    seen: list[dict[str, float]] = []
+
+    async def ask(seed: int) -> None:
+        async for _ in engine.stream(_prompt(seed, 8), Sampling(8, seed=seed), "a"):
+            seen.append(engine.numbers())
+
+    async def run() -> None:
+        async with engine.run(), asyncio.TaskGroup() as group:
+            for seed in range(3):
+                group.create_task(ask(seed))
+
+    asyncio.run(run())
+    assert seen[0] == {"running": 2, "waiting": 1, "pages_used": 6, "pages": 48}
+    # Where two ended, the third is alone; what the others had read is a cached prefix, which nobody holds.
+    assert seen[-2] == {"running": 1, "waiting": 0, "pages_used": 4, "pages": 48}
+    assert engine.numbers() == {"running": 0, "waiting": 0, "pages_used": 0, "pages": 48}
+
+
 def test_who_finds_no_memory_waits_and_all_end(reads: list[int]) -> None:
     """Twelve sequences of up to 90 tokens in memory for 96."""
     model = _model(0)

@@ -1,5 +1,6 @@
 """Critical steps and signals, worked by hand from the formulas of section 3."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,10 @@ def run(*stages: list[Trace], status: Status = "completed", final: str = "ok", r
 
 def worker(steps: int, **more: str | int) -> Trace:
     return run(*[[] for _ in range(steps)], **more)  # type: ignore[arg-type]
+
+
+def told(task: str) -> Trace:
+    return replace(worker(1), messages=(user(task),))
 
 
 def test_critical_steps_by_hand() -> None:
@@ -59,7 +64,15 @@ def test_parallelism_is_the_mean_width_of_stages_with_agents() -> None:
     [([], 0.0), ([0, 0], 0.0), ([1], 0.0), ([1, 1, 1], 0.0), ([4], 0.75), ([0, 2, 0, 2], 0.5), ([3, 1], 0.5)],
 )
 def test_parallel_is_the_share_that_did_not_wait(widths: list[int], expected: float) -> None:
-    assert parallel(run(*[[worker(1)] * width for width in widths])) == expected
+    numbers = itertools.count()
+    assert parallel(run(*[[told(f"task {next(numbers)}") for _ in range(width)] for width in widths])) == expected
+
+
+def test_agents_that_are_told_the_same_do_not_work_in_parallel() -> None:
+    # Of five agents four have a subtask of their own, and one of those is the first of its cohort.
+    assert parallel(run([told("A"), told("B"), told("A"), told("C"), told("D")])) == (4 - 1) / 5
+    assert parallel(run([told("A")] * 8)) == 0
+    assert parallel(run([told("A")], [told("A")])) == 0
 
 
 def test_finish_counts_answers_given_of_the_agents_own_accord() -> None:
@@ -74,8 +87,8 @@ def test_finish_counts_answers_given_of_the_agents_own_accord() -> None:
         worker(1, final="not found in May, found in June"),
         worker(1),
     ]
-    told = [replace(child, messages=(user(f"task {i}"),)) for i, child in enumerate(children)]
-    trace = with_swarm_signals(run(told[:5], told[5:]))
+    several = [replace(child, messages=(user(f"task {i}"),)) for i, child in enumerate(children)]
+    trace = with_swarm_signals(run(several[:5], several[5:]))
     assert trace.signals == {"parallel": 0.75, "finish": 3 / 8}
 
 

@@ -110,7 +110,7 @@ def test_no_record_of_an_installed_package_is_in_a_training_world(records: list[
     facts = {(r.name.lower(), field, r.values[field]) for r in records for field in ("Version", "Requires-Python")}
     pages = {r.document.text for r in records}
     for seed in range(60):
-        world = World(seed, "train", people_kinds=1, package_kinds=2)
+        world = World(seed, "train")
         assert not pages & {document.text for document in world.documents}
         invented = {
             (e.name.lower(), key, v) for kind in world.kinds for e in kind.entities for key, v in e.attributes.items()

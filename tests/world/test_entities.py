@@ -64,11 +64,11 @@ def test_every_entity_has_one_page_with_its_facts(worlds: dict[str, list[World]]
 
 
 def test_kinds(worlds: dict[str, list[World]]) -> None:
-    for world in worlds["train"]:
-        *people, packages = world.kinds
-        assert [len(kind.keys) for kind in people] == [5, 5, 5]
-        assert packages.keys == PACKAGE_FIELDS
-        assert all(len(kind.entities) == 20 for kind in world.kinds)
+    for split, people in (("train", 2), ("heldout", 3)):
+        for world in worlds[split]:
+            assert [len(kind.keys) for kind in world.kinds[:people]] == [5] * people
+            assert [kind.keys for kind in world.kinds[people:]] == [PACKAGE_FIELDS] * (4 - people)
+            assert [len(kind.entities) for kind in world.kinds] == [20] * 4
 
 
 def test_values_are_of_their_kind(worlds: dict[str, list[World]]) -> None:
@@ -82,7 +82,7 @@ def test_facts_cannot_be_learned_by_heart(worlds: dict[str, list[World]]) -> Non
     """A name that returns in another world comes with other facts, and pages state facts in varying order."""
     seen: dict[str, list[dict[str, str]]] = {}
     for world in worlds["train"]:
-        for kind in world.kinds[:3]:
+        for kind in world.kinds[:2]:
             for entity in kind.entities:
                 seen.setdefault(entity.name, []).append(entity.attributes)
     shared = [(a[key], b[key]) for facts in seen.values() for a, b in pairwise(facts) for key in a if key in b]
@@ -93,10 +93,9 @@ def test_facts_cannot_be_learned_by_heart(worlds: dict[str, list[World]]) -> Non
 
 
 def test_sizes_are_as_asked() -> None:
-    world = World(1, "train", people_kinds=1, package_kinds=2, per_kind=5)
-    assert [len(kind.entities) for kind in world.kinds] == [5, 5, 5]
-    assert [kind.keys == PACKAGE_FIELDS for kind in world.kinds] == [False, True, True]
-    assert len(world.documents) == 15
+    world = World(1, "train", per_kind=5)
+    assert [len(kind.entities) for kind in world.kinds] == [5, 5, 5, 5]
+    assert len(world.documents) == 20
 
 
 def test_a_world_is_a_pure_function_of_its_seed_across_processes(worlds: dict[str, list[World]]) -> None:

@@ -1,6 +1,8 @@
 """Training examples from the built-in world and from real text, as token sequences with loss masks."""
 
+import functools
 import random
+from collections.abc import Callable, Sequence
 
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message, TokenSequence, assistant, user
@@ -9,7 +11,7 @@ from baltoro.chat.tokenizer import Tokenizer
 from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
 from baltoro.world.tasks import numbered, row, template
-from baltoro.world.vision import VISION_TASKS, VisionExample
+from baltoro.world.vision import VISION_TASKS, VisionTask
 
 _VISION = list(VISION_TASKS.values())
 _DESCRIBED = [VISION_TASKS[name] for name in ("box", "count", "chart", "ocr", "digit", "motion", "event")]
@@ -66,19 +68,41 @@ class Sources:
 
     def caption(self, rng: random.Random) -> TokenSequence:
         """Picture or clip -> its full description (alt text, boxes, lettering), with nothing around them: what the
-        vision tower learns from. Every kind of picture equally often."""
-        example = rng.choice(_DESCRIBED).sample(rng, "train")
+        vision tower learns from. Every kind of picture for equally many tokens."""
+        (task,) = rng.choices(_DESCRIBED, self._caption_odds)
+        return self._caption(rng, task)
+
+    def question(self, rng: random.Random) -> TokenSequence:
+        """Picture or clip and a question -> the short answer, then, every second time, the description of the same
+        picture. Every family for equally many tokens."""
+        (task,) = rng.choices(_VISION, self._question_odds)
+        return self._question(rng, task)
+
+    def _caption(self, rng: random.Random, task: VisionTask) -> TokenSequence:
+        example = task.sample(rng, "train")
         t = self.tokenizer
         media = render([user(example.media)], t, self.media).media
         pads = sum(self.media.tokens(item.grid_thw) for item in media)
         text = [*t.encode(example.caption), t.im_end]
         return TokenSequence([t.media_pad] * pads + text, media, [0] * pads + [1] * len(text))
 
-    def question(self, rng: random.Random) -> TokenSequence:
-        """Picture or clip and a question -> the short answer, then the description of the same picture."""
-        example = self._example(rng)
-        first = [user(example.media, example.question), assistant(example.answer)]
-        return self.chat([*first, user("describe"), assistant(example.caption)])
+    def _question(self, rng: random.Random, task: VisionTask) -> TokenSequence:
+        example = task.sample(rng, "train")
+        dialogue = [user(example.media, example.question), assistant(example.answer)]
+        if rng.random() < 0.5:
+            dialogue += [user("describe"), assistant(example.caption)]
+        return self.chat(dialogue)
 
-    def _example(self, rng: random.Random) -> VisionExample:
-        return rng.choice(_VISION).sample(rng, "train")
+    @functools.cached_property
+    def _caption_odds(self) -> list[float]:
+        return _odds(self._caption, _DESCRIBED)
+
+    @functools.cached_property
+    def _question_odds(self) -> list[float]:
+        return _odds(self._question, _VISION)
+
+
+def _odds(make: Callable[[random.Random, VisionTask], TokenSequence], tasks: Sequence[VisionTask]) -> list[float]:
+    """How often to draw each, so that all come to equally many tokens."""
+    rng = random.Random(0)
+    return [1 / sum(len(make(rng, task).ids) for _ in range(32)) for task in tasks]

@@ -19,7 +19,7 @@ from baltoro.report.headline import headline
 from baltoro.report.html import write_report as write_html
 from baltoro.report.progress import Progress as Display
 from baltoro.report.run_folder import RunFolder
-from baltoro.serve.load import Loaded, ServeConfig, threads
+from baltoro.serve.load import Loaded, ServeConfig, open_release, threads
 from baltoro.train.machine import prepare_machine
 from baltoro.train.state import load_state
 
@@ -47,6 +47,12 @@ def write_report(config: RecipeConfig) -> None:
     print(write_html(config.folder))
 
 
+def open_model(target: Path, settings: ServeConfig) -> Loaded:
+    """The folder of a run or of a checkpoint; a run file stands for its run's. Raises ValueError, OSError."""
+    folder = target if target.is_dir() else load_config(target, (), RecipeConfig).folder
+    return open_run(folder, settings) if (folder / "checkpoints").is_dir() else open_release(folder, settings)
+
+
 def open_run(folder: Path, settings: ServeConfig) -> Loaded:
     """The model of a run folder as one of its stages left it. Raises ValueError, OSError."""
     config = load_config(folder / "config.json", (), RecipeConfig)
@@ -65,7 +71,7 @@ def open_run(folder: Path, settings: ServeConfig) -> Loaded:
     dtype = prepare_machine(threads(settings), settings.dtype)
     model = KimiK25(dataclasses.replace(base, text=text), tokenizer.media_pad, dtype)
     load_state(checkpoint, model)
-    return Loaded(model, tokenizer, config.media, config.agents.rules.max_context_tokens)
+    return Loaded(folder, [checkpoint], model, tokenizer, config.media, config.agents.rules.max_context_tokens)
 
 
 def ablate_parl(config: RecipeConfig) -> None:

@@ -48,12 +48,13 @@ class Journal:
             db.executescript(_SCHEMA)
             journal = cls(db, thread)
             async with asyncio.TaskGroup() as group:
-                group.create_task(journal._write())
+                writing = group.create_task(journal._write())
                 try:
                     yield journal
                 finally:
                     journal._closing = True
                     journal._wake.set()
+                    await asyncio.wait([writing])  # leaving by an exception cancels it otherwise
 
     @property
     def episodes(self) -> Set[str]:

@@ -86,6 +86,7 @@ class Episode:
                 await asyncio.sleep(_pause_s(config.pause_s, sum(failures.values()), sampling.seed, error))
             else:
                 stats.turns += 1
+                stats.tokens += len(completion.ids)
                 return completion
 
     async def _attempt(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
@@ -143,11 +144,13 @@ class Running:
 
 @dataclass
 class Stats:
-    """Counts since the manager began. turns: engine calls that succeeded; faults: attempts that failed, by the kind of
+    """Counts since the manager began. turns: engine calls that succeeded; tokens: drawn by
+    them; faults: attempts that failed, by the kind of
     error; outcomes: of the episodes that ended, so that submitted - outcomes.total() are live."""
 
     submitted: int = 0
     turns: int = 0
+    tokens: int = 0
     faults: Counter[str] = field(default_factory=Counter[str])
     outcomes: Counter[Outcome] = field(default_factory=Counter[Outcome])
 
@@ -205,11 +208,12 @@ class RolloutManager:
 
     def numbers(self) -> dict[str, float]:
         """What a monitor shows, by flat names: gauges (live, calls_limit, calls_running_ROLE, calls_waiting_ROLE) and
-        counters (submitted, turns, faults_KIND, outcomes_OUTCOME)."""
+        counters (submitted, turns, tokens, faults_KIND, outcomes_OUTCOME)."""
         permits, stats = self.permits, self.stats
         return {
             **stats.episodes(),
             "turns": stats.turns,
+            "tokens": stats.tokens,
             "calls_limit": permits.limit,
             **{f"calls_running_{role}": count for role, count in permits.running.items()},
             **{f"calls_waiting_{role}": count for role, count in permits.waiting.items()},

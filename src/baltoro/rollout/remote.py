@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
@@ -19,6 +20,7 @@ from PIL import Image as PilImage
 from baltoro.agent.engine import Completion, Overloaded, Sampled, Sampling
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import MediaItem, TokenSequence
+from baltoro.chat.tokenizer import Tokenizer
 
 
 class _Server:
@@ -34,6 +36,16 @@ class _Server:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as self._http:
             yield
+
+    async def reach(self) -> None:
+        """Raises ConnectionError where nobody listens; any answer will do."""
+        try:
+            async with self._http.get(self._url + "/health", headers=self._headers, allow_redirects=False):
+                pass
+        except aiohttp.ClientError as error:
+            raise ConnectionError(
+                f"{self._url} cannot be reached ({error}); start the server or correct its URL"
+            ) from error
 
     async def _whole(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         async with self._post(path, body) as response:
@@ -149,6 +161,18 @@ class SglangEngine(_Server):
                 f"the server read {told['prompt_tokens']} tokens where {len(prompt.ids)} were sent; "
                 "start it with the image limits of this run"
             )
+
+
+def remote_engine(
+    kind: Literal["vllm", "sglang"], url: str, model: str, tokenizer: Path | None, key: str
+) -> tuple[VllmEngine | SglangEngine, Tokenizer]:
+    """`tokenizer`: the model's tiktoken file. Raises ValueError where it is missing or broken, OSError."""
+    if tokenizer is None:
+        raise ValueError(f"kind={kind} reads token ids; give the model's tiktoken file as tokenizer=")
+    known = Tokenizer.load(tokenizer)
+    if kind == "vllm":
+        return VllmEngine(url, model, key), known
+    return SglangEngine(url, MediaSpec.K25, known.media_pad, key), known
 
 
 def data_url(item: MediaItem, spec: MediaSpec) -> str:

@@ -2,20 +2,26 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+from baltoro.agent.engine import Completion, Sampling
 from baltoro.chat.media import MediaSpec
+from baltoro.chat.messages import TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.model.kimi import KimiK25
 from baltoro.model.release import Checkpoint, load_release
 from baltoro.rollout.gateway.api import Api, ApiConfig
 from baltoro.rollout.gateway.engine import EngineUpstream
 from baltoro.rollout.gateway.server import serve
+from baltoro.rollout.roll_out import Served
 from baltoro.serve.local import LocalEngine
 from baltoro.train.machine import prepare_machine
 
 _API_KEY, _ADMIN_KEY = "BALTORO_API_KEY", "BALTORO_ADMIN_KEY"
+_ROLE = "agent"
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,10 @@ class ServeConfig:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """`context`: the longest sequence that the model was made for."""
+    """weights: the files of them. context: the longest sequence that the model was made for."""
 
+    folder: Path
+    weights: Sequence[Path]
     model: KimiK25
     tokenizer: Tokenizer
     media: MediaSpec
@@ -56,7 +64,8 @@ def open_release(folder: Path, config: ServeConfig) -> Loaded:
     load_release(folder, model)
     vision = release.model.vision
     media = replace(MediaSpec.K25, patch_size=vision.patch_size, merge=vision.merge, frames_per_chunk=vision.max_frames)
-    return Loaded(model, tokenizer, media, release.max_position)
+    weights = sorted(folder.glob("*.safetensors"))
+    return Loaded(folder, weights, model, tokenizer, media, release.max_position)
 
 
 def threads(config: ServeConfig) -> int:
@@ -75,7 +84,24 @@ def serve_model(loaded: Loaded, config: ServeConfig, name: str) -> None:
         limits = ApiConfig(
             name, config.slots + config.queue, config.body_mb * 2**20, (key,) if key else (), admin_key=admin
         )
-        api = Api(upstream, limits)
+        api = Api(upstream, limits, engine=engine.numbers)
         await serve(api, engine.run(), config.host, config.port)
 
     asyncio.run(run())
+
+
+def local(loaded: Loaded, slots: int, context: int) -> Served:
+    """For episodes: the model answers whatever role asks. context: as of `ServeConfig`."""
+    context = context or loaded.context
+    written = datetime.fromtimestamp(max(file.stat().st_mtime for file in loaded.weights), UTC)
+    name = f"{loaded.folder.resolve()} ({loaded.weights[0].name} of {written.isoformat()})"
+    engine = LocalEngine({_ROLE: loaded.model}, loaded.tokenizer, slots=slots, max_len=context)
+    return Served(name, _Alone(engine), engine.run(), loaded.tokenizer, loaded.media, context, numbers=engine.numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Alone:
+    engine: LocalEngine
+
+    async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
+        return await self.engine.generate(prompt, sampling, _ROLE)

@@ -74,6 +74,21 @@ class LocalEngine:
                 )
             self._lanes[role] = lanes[id(model)]
 
+    @property
+    def _distinct(self) -> list[Lane]:
+        return list({id(lane): lane for lane in self._lanes.values()}.values())
+
+    def numbers(self) -> dict[str, float]:
+        """Of all models together: requests in the batches and those that wait for a place, and how many of the caches'
+        pages hold what they have read."""
+        lanes = self._distinct
+        return {
+            "running": sum(len(lane.running) for lane in lanes),
+            "waiting": sum(len(lane.waiting) for lane in lanes),
+            "pages_used": sum(lane.pool.capacity - lane.pool.available for lane in lanes),
+            "pages": sum(lane.pool.capacity for lane in lanes),
+        }
+
     @torch.no_grad()
     def update(self, role: str, model: KimiK25) -> None:
         """New weights for a role, copied in place; cached contexts of the old ones are dropped. Nobody may be in the
@@ -149,7 +164,7 @@ class LocalEngine:
                         lane.leave(request)
 
     async def _drive(self) -> None:
-        lanes = list({id(lane): lane for lane in self._lanes.values()}.values())
+        lanes = self._distinct
         while True:
             if not any(lane.waiting or lane.running for lane in lanes):
                 self._wake.clear()

@@ -80,20 +80,19 @@ class Demonstrator:
         task = wide_search(rng, self.world, low, high)
         width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
         messages = [system(SWARM_PROMPT), user(task.prompt)]
+        # The subagent is created in the turn that first needs it: a turn of its own would be one more critical step.
         create = _call("create_subagent", 0, name=SUBAGENT, system_prompt=SUBAGENT_PROMPT)
-        messages += [assistant(tool_calls=(create,)), tool_result(create.id, f"created {SUBAGENT}")]
+        results = [tool_result(create.id, f"created {SUBAGENT}")]
+        calls = [create]
         names = list(task.names)
         if rng.random() < 0.2:
             names = names[: rng.randrange(1, len(names) + 1)]
         for begin in range(0, len(names), width):
-            cohort = names[begin : begin + width]
-            calls = tuple(
-                _call("assign_task", 1 + begin + i, prompt=template(name, task.columns), agent=SUBAGENT)
-                for i, name in enumerate(cohort)
-            )
-            messages.append(assistant(tool_calls=calls))
-            for call, name in zip(calls, cohort, strict=True):
-                messages.append(tool_result(call.id, row(name, task.gold[name], task.columns)))
+            for i, name in enumerate(names[begin : begin + width], 1 + begin):
+                calls.append(_call("assign_task", i, prompt=template(name, task.columns), agent=SUBAGENT))
+                results.append(tool_result(calls[-1].id, row(name, task.gold[name], task.columns)))
+            messages += [assistant(tool_calls=tuple(calls)), *results]
+            calls, results = [], []
         if len(names) < len(task.names):
             messages.append(user(NOTICE))
         return [*messages, assistant(numbered(row(n, task.gold[n], task.columns) for n in names))]

@@ -4,14 +4,16 @@ from baltoro.agent.trace import Trace
 
 
 def parallel(trace: Trace) -> float:
-    """r_parallel: the share of subtasks that did not wait for an earlier cohort; 0 without subtasks.
+    """r_parallel: the share of agents that work on a subtask of their own and did not wait for an earlier cohort; 0
+    without agents.
 
-    n agents in one stage give 1 - 1/n; n agents in n stages give 0, as does a single agent.
+    n subtasks in one stage give 1 - 1/n; n subtasks in n stages give 0, as does a single agent. An agent that is told
+    what another was told already is not one that works in parallel.
     """
     # The report names this term (an "instantiation reward" against serial collapse) and gives no closed form.
     cohorts = sum(1 for stage in trace.stages if stage)
-    subtasks = len(trace.children)
-    return 1.0 - cohorts / subtasks if subtasks else 0.0
+    agents = len(trace.children)
+    return max(len({subtask(child) for child in trace.children}) - cohorts, 0) / agents if agents else 0.0
 
 
 def finish(trace: Trace) -> float:

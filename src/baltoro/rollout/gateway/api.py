@@ -37,6 +37,7 @@ from baltoro.rollout.gateway.sessions import Held, Sessions
 from baltoro.rollout.gateway.store import MemoryStore, Store
 from baltoro.rollout.gateway.traces import session_json, session_traces
 from baltoro.rollout.gateway.upstream import Ask, Upstream
+from baltoro.rollout.lag import LoopLag
 
 _log = logging.getLogger(__name__)
 _CHAT = Chat()
@@ -76,9 +77,16 @@ class _Work:
 
 
 class Api:
-    """Answers requests with `upstream`, which must be running, under the name `config.name`."""
+    """Answers requests with `upstream`, which must be running, under the name `config.name`. `engine`: the numbers of
+    what computes behind it. `lag` is known while it watches."""
 
-    def __init__(self, upstream: Upstream, config: ApiConfig, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        config: ApiConfig,
+        store: Store | None = None,
+        engine: Callable[[], Mapping[str, float]] = dict[str, float],
+    ) -> None:
         self._upstream = upstream
         self._config = config
         self._store = store or MemoryStore()
@@ -90,6 +98,8 @@ class Api:
         self._idle.set()
         self._draining = False
         self._paused = False
+        self._engine = engine
+        self.lag = LoopLag()
         self.metrics = Metrics()
 
     def runner(self) -> web.AppRunner:
@@ -186,6 +196,9 @@ class Api:
             "completions_running": self._running.total(),
             "sessions": len(self._sessions),
             "paused": int(self._paused or self._draining),
+            "loop_lag_p50_seconds": self.lag.quantile(0.5),
+            "loop_lag_p99_seconds": self.lag.quantile(0.99),
+            **{f"engine_{name}": value for name, value in self._engine().items()},
         }
         return web.Response(text=self.metrics.text(gauges), content_type="text/plain")
 

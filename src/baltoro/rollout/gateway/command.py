@@ -17,7 +17,7 @@ from baltoro.rollout.gateway.rendering import Rendering
 from baltoro.rollout.gateway.server import serve
 from baltoro.rollout.gateway.sqlite import SqliteStore
 from baltoro.rollout.gateway.upstream import Upstream
-from baltoro.rollout.remote import SglangEngine, VllmEngine
+from baltoro.rollout.remote import remote_engine
 
 _API_KEYS, _ADMIN_KEY, _UPSTREAM_KEY = "BALTORO_API_KEY", "BALTORO_ADMIN_KEY", "BALTORO_UPSTREAM_KEY"
 
@@ -68,19 +68,13 @@ def run_gateway(file: Path, config: GatewayConfig) -> None:
 
 def _open(config: GatewayConfig) -> tuple[Upstream, AbstractAsyncContextManager[None]]:
     key = os.environ.get(_UPSTREAM_KEY, "")
-    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     media = MediaSpec.K25
     if config.kind in ("chat", "text"):
-        rendering = Rendering(tokenizer, media) if tokenizer else None
+        rendering = Rendering(Tokenizer.load(config.tokenizer), media) if config.tokenizer else None
         tells = config.kind == "chat"
         relay = Relay(config.upstream, key, config.context, tells_ids=tells, rendering=rendering)
         return relay, relay.run()
-    if tokenizer is None:
-        raise ValueError(f"kind={config.kind} reads token ids; give the model's tiktoken file as tokenizer=")
-    if config.kind == "vllm":
-        engine = VllmEngine(config.upstream, config.model, key)
-    else:
-        engine = SglangEngine(config.upstream, media, tokenizer.media_pad, key)
+    engine, tokenizer = remote_engine(config.kind, config.upstream, config.model, config.tokenizer, key)
     return EngineUpstream(engine, tokenizer, media, config.context), engine.run()
 
 

@@ -31,7 +31,7 @@ async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str,
         for number in signals:
             loop.add_signal_handler(number, on_signal)
         shown = f"[{host}]" if ":" in host else host
-        async with running:
+        async with running, api.lag.watch():
             print(f"listening on http://{shown}:{runner.addresses[0][1]}/v1", flush=True)
             await stop.wait()
             await api.drain()
