@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from baltoro import config
 
@@ -175,82 +175,15 @@ def _env_run(file: Path, overrides: Sequence[str]) -> int:
 
 
 def _trace(file: Path, words: Sequence[str]) -> int:
-    settings = config.from_overrides(words[1:], TraceSettings)
-    return _TRACE[words[0]](file, settings)
+    from baltoro.rollout.trace_command import TraceSettings, trace
 
-
-@dataclass(frozen=True)
-class TraceSettings:
-    """`baltoro trace`. env: the file of the environment, to judge again. to: the file to write. form: of an export."""
-
-    env: Path | None = None
-    to: Path | None = None
-    form: Literal["slime", "trl"] | None = None
-
-
-def _trace_verify(file: Path, settings: TraceSettings) -> int:
-    from baltoro.rollout.conform import load_env
-    from baltoro.rollout.record import Record, read_episodes
-    from baltoro.rollout.verify import evidence, verify
-
-    recording = read_episodes(file)
-    judge = load_env(settings.env).judge if settings.env else None
-
-    def again(record: Record) -> dict[str, float]:
-        return judge.again(record.task, record.trace) if judge else {}
-
-    findings = verify(recording, again)
-    for finding in findings:
-        print(finding)
-    print("role            agents trainable turns  without: ids log-probabilities version  broken prefixes")
-    for role, row in evidence(recording.records).items():
-        print(
-            f"{role:15} {row.agents:6} {row.trainable:9} {row.turns:5} {row.without_ids:13} {row.without_logprobs:17}"
-            f" {row.without_version:7} {row.broken:16}"
-        )
-    print(f"{len(recording.records)} episodes, {len(findings) or 'no'} findings")
-    return 1 if findings else 0
+    return trace(words[0], file, config.from_overrides(words[1:], TraceSettings))
 
 
 def _gateway(file: Path, overrides: Sequence[str]) -> None:
     from baltoro.rollout.gateway.command import GatewayConfig, run_gateway
 
     run_gateway(file, config.from_overrides(overrides, GatewayConfig))
-
-
-def _trace_view(file: Path, settings: TraceSettings) -> int:
-    from baltoro.rollout.record import read_episodes
-    from baltoro.rollout.viewer import write_view
-
-    target = settings.to or file.with_suffix(".html")
-    write_view(read_episodes(file), target, file.name)
-    print(target)
-    return 0
-
-
-def _trace_perfetto(file: Path, settings: TraceSettings) -> int:
-    from baltoro.rollout.perfetto import write_perfetto
-    from baltoro.rollout.record import read_episodes
-
-    target = settings.to or file.with_suffix(".perfetto.json")
-    write_perfetto(read_episodes(file).records, target)
-    print(f"{target}; open it in https://ui.perfetto.dev or chrome://tracing")
-    return 0
-
-
-def _trace_export(file: Path, settings: TraceSettings) -> int:
-    from baltoro.rollout.export import write_export
-    from baltoro.rollout.record import read_episodes
-
-    if settings.form is None:
-        raise ValueError("an export needs a form; say form=slime or form=trl")
-    target = settings.to or file.with_suffix(f".{settings.form}.jsonl")
-    lines, left_out = write_export(read_episodes(file), target, settings.form)
-    print(f"{target}: {lines} agents" + (f"; left out, because pixels cannot cross: {left_out}" if left_out else ""))
-    return 0
-
-
-_TRACE = {"verify": _trace_verify, "view": _trace_view, "perfetto": _trace_perfetto, "export": _trace_export}
 
 
 COMMANDS = {
@@ -326,7 +259,7 @@ COMMANDS = {
         "FILE is a .jsonl file that a run wrote, with the folder of the same name beside it.",
         "baltoro trace verify runs/nano/episodes/rl.jsonl",
         _trace,
-        subjects=tuple(_TRACE),
+        subjects=("verify", "view", "perfetto", "export"),
         file=("FILE", "a file of episodes"),
     ),
     "serve": Command(
