@@ -377,8 +377,9 @@ def install(gateway: Gateway) -> None:
         return
     print(f"installing {gateway.requirement} ...", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", PEERS / name], check=True)
-    pip = [_peer(name, "python"), "-m", "pip", "install", "-q", "--ignore-requires-python", gateway.requirement]
-    subprocess.run(pip, check=True)
+    # Only there: what LiteLLM depends on would then come in versions that do not run.
+    declared = ["--ignore-requires-python"] if name == "agentlightning" else []
+    subprocess.run([_peer(name, "python"), "-m", "pip", "install", "-q", *declared, gateway.requirement], check=True)
     (PEERS / name / "installed").touch()
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,20 @@ async def test_a_kernel_that_refuses_is_a_clear_error(monkeypatch: pytest.Monkey
     result = await Python(Sandbox(processes=1)).call({"code": "print('ran')"}, CONTEXT)
     assert result.error == "python cannot be confined on this machine (unshare: Invalid argument); nothing was run"
     assert not result.content
+
+
+def test_an_interpreter_below_tmp_and_behind_a_link_is_found(sandbox: Sandbox) -> None:
+    """The new root is mounted on /tmp; an environment may lie there, and may be a link."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        real, link = Path(folder, "real"), Path(folder, "link")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", real], check=True)
+        link.symlink_to(real)
+        code = b"print(6 * 7)"
+        for place in (real, link):
+            done = subprocess.run(
+                [place / "bin" / "python", "-I", "-S", confine.__file__, "10", str(1 << 30), str(1 << 20), str(place)],
+                input=len(code).to_bytes(8, "big") + code,
+                capture_output=True,
+                check=False,
+            )
+            assert (done.stdout, done.stderr) == (b"42\n", b"")

@@ -76,20 +76,24 @@ def _die_with_parent() -> None:
 
 def _enter_root(work_bytes: int, prefix: str) -> None:
     _mount("none", Path("/"), "", _MS_REC | _MS_PRIVATE)
+    interpreter = {path for each in (prefix, sys.base_prefix) for path in (Path(each), Path(each).resolve())}
+    # Opened before anything is mounted, for they may lie where the new root will.
+    held = {folder: os.open(folder, os.O_PATH) for folder in sorted({*_SYSTEM, *interpreter}) if folder.exists()}
+    links = {folder: folder.readlink() for folder in held if folder.is_symlink()}
     root = Path("/tmp")
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m")
     # A folder that lies in another one of the list comes with it.
     bound: list[Path] = []
-    for folder in sorted({*_SYSTEM, Path(prefix), Path(sys.base_prefix), Path(sys.base_prefix).resolve()}):
-        if not folder.exists() or any(folder.is_relative_to(other) for other in bound):
+    for folder, descriptor in held.items():
+        if any(folder.is_relative_to(other) for other in bound):
             continue
         inside = root / folder.relative_to("/")
         inside.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_symlink():
-            inside.symlink_to(folder.readlink())
+        if folder in links:
+            inside.symlink_to(links[folder])
             continue
         inside.mkdir()
-        _mount(str(folder), inside, "", _MS_BIND | _MS_REC)
+        _mount(f"/proc/self/fd/{descriptor}", inside, "", _MS_BIND | _MS_REC)
         bound.append(folder)
     work = root / "sandbox"
     work.mkdir()
