@@ -21,7 +21,8 @@ KINDS = {
 
 def test_every_kind_of_picture_is_described_for_equally_many_tokens() -> None:
     tokenizer = Tokenizer({bytes([b]): b for b in range(256)})
-    spec = MediaSpec(8, 2, 256, 64, (0.5,) * 3, (0.5,) * 3, frames_per_chunk=4, sample_fps=4.0)
+    half = (0.5, 0.5, 0.5)
+    spec = MediaSpec(8, 2, 256, 64, half, half, frames_per_chunk=4, sample_fps=4.0)
     sources = Sources(tokenizer, spec, python_corpus(), 100)
     rng = random.Random(3)
     tokens = Counter[str]()
