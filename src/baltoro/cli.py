@@ -161,7 +161,7 @@ def _env_run(file: Path, overrides: Sequence[str]) -> int:
     settings = config.from_overrides(overrides, RollOutConfig)
     env, folder = load_env(file), settings.folder or Path("runs") / file.stem
     if settings.checkpoint is None:
-        served = remote(settings, os.environ.get("BALTORO_UPSTREAM_KEY", ""))
+        served = remote(settings)
     else:
         from baltoro.recipe.commands import open_model
         from baltoro.serve.load import ServeConfig, local

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from baltoro.report.run_folder import RunFolder, read_lines
+from baltoro.rollout.record import replacing
 
 Open = Callable[[], RunFolder]
 TAKE = """
@@ -128,7 +129,7 @@ def test_replacing_leaves_the_old_file_when_writing_fails(open_run: Open, path: 
     folder.write_json("results.json", {"a": 1})
 
     def fails_midway() -> None:
-        with folder.replacing(path / "results.json") as scratch:
+        with replacing(path / "results.json") as scratch:
             scratch.write_text('{"a": ')
             assert json.loads((path / "results.json").read_text()) == {"a": 1}  # untouched while it is written
             raise OSError("disk full")

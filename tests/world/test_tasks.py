@@ -44,9 +44,8 @@ def test_every_size_and_every_kind_is_asked_for() -> None:
     kinds = {
         tuple(sorted(kind.keys)) for task in tasks for kind in WORLDS[0].kinds if set(task.columns) <= set(kind.keys)
     }
-    assert (
-        len(kinds) == len({kind.keys for kind in WORLDS[0].kinds}) == 3
-    )  # both kinds of packages have the same fields
+    # Both kinds of packages have the same fields.
+    assert len(kinds) == len({kind.keys for kind in WORLDS[0].kinds}) == 3
 
 
 def test_the_prompt() -> None:

@@ -19,6 +19,7 @@ from baltoro.model.kimi import KimiK25
 from baltoro.recipe.settings import RecipeConfig
 from baltoro.report.progress import Progress as Display
 from baltoro.report.run_folder import RunFolder, commit
+from baltoro.rollout.record import replacing
 from baltoro.serve.live import LivePrompt
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.demonstrations import Demonstrator
@@ -74,7 +75,7 @@ class Run:
             dialogues += [demonstrator.pixels(rng) for _ in range(6)]
             dialogues += [demonstrator.orchestrator(rng, 2, 12, [(1, 1.0), (0, 1.0)]) for _ in range(6)]
         tokenizer = Tokenizer.train(list(lexicon(dialogues, self.corpus, rng)), self.config.vocab_size)
-        with self.folder.replacing(path) as scratch:
+        with replacing(path) as scratch:
             tokenizer.save(scratch)
         return tokenizer
 

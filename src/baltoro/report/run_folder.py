@@ -3,13 +3,12 @@
 import contextlib
 import fcntl
 import json
-import os
 import subprocess
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from baltoro import __version__
+from baltoro.rollout.record import replacing
 
 
 class RunFolder:
@@ -39,7 +38,7 @@ class RunFolder:
                     f"{self.path} holds a run with another {changed[0]}; choose another folder= or delete this one"
                 )
         else:
-            with self.replacing(path) as scratch:
+            with replacing(path) as scratch:
                 scratch.write_text(json.dumps(config, indent=1))
 
     def checkpoint(self, stage: str) -> Path:
@@ -49,7 +48,7 @@ class RunFolder:
         """Forget what was logged behind the checkpoint from which the stage goes on."""
         for name in ("metrics.jsonl", "live.jsonl"):
             kept = [r for r in read_lines(self.path / name) if r["stage"] != stage or r["step"] <= done]
-            with self.replacing(self.path / name) as scratch:
+            with replacing(self.path / name) as scratch:
                 scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._metrics = read_lines(self.path / "metrics.jsonl")
 
@@ -84,21 +83,12 @@ class RunFolder:
         self.write_json("results.json", self.results)
 
     def write_json(self, name: str, value: Any) -> None:
-        with self.replacing(self.path / name) as scratch:
+        with replacing(self.path / name) as scratch:
             scratch.write_text(json.dumps(value, indent=1))
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-    @contextlib.contextmanager
-    def replacing(self, path: Path) -> Generator[Path]:
-        """Write to the yielded path; it takes the place of `path` only when all went well."""
-        scratch = path.with_name(path.name + ".writing")
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        scratch.rename(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,11 @@ that saw media are left out, since their tokens alone would be another prompt.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from baltoro.agent.trace import Status, Trace
-from baltoro.rollout.record import Json, Recording, agents
+from baltoro.rollout.record import Json, Recording, agents, replacing
 
 Form = Literal["slime", "trl"]
 
@@ -34,10 +33,9 @@ _STATUS: dict[Status, str] = {
 def write_export(recording: Recording, target: Path, form: Form) -> tuple[int, int]:
     """The number of lines, and of agents that were left out for their media. Whole or not at all; OSError where the
     disk does not take it."""
-    scratch = target.with_name(target.name + ".writing")
     groups: dict[tuple[str, str], int] = {}
     lines = left_out = 0
-    with scratch.open("w", encoding="utf-8") as file:
+    with replacing(target) as scratch, scratch.open("w", encoding="utf-8") as file:
         for episode, record in enumerate(recording.records):
             group = groups.setdefault((record.env, record.group), len(groups))
             for place, trace in agents(record.trace):
@@ -60,7 +58,6 @@ def write_export(recording: Recording, target: Path, form: Form) -> tuple[int, i
                     row |= {"prompt": prompt, "response": response}
                 file.write(json.dumps(row) + "\n")
                 lines += 1
-    os.replace(scratch, target)
     return lines, left_out
 
 

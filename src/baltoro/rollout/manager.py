@@ -144,9 +144,8 @@ class Running:
 
 @dataclass
 class Stats:
-    """Counts since the manager began. turns: engine calls that succeeded; tokens: drawn by
-    them; faults: attempts that failed, by the kind of
-    error; outcomes: of the episodes that ended, so that submitted - outcomes.total() are live."""
+    """Counts since the manager began. turns: engine calls that succeeded; tokens: drawn by them; faults: attempts that
+    failed, by the kind of error; outcomes: of episodes that ended, so that submitted - outcomes.total() are live."""
 
     submitted: int = 0
     turns: int = 0

@@ -2,20 +2,18 @@
 episode, a track per agent, turns and tool calls as slices."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from baltoro.agent.trace import Trace
-from baltoro.rollout.record import Json, Record, agents
+from baltoro.rollout.record import Json, Record, agents, replacing
 
 
 def write_perfetto(records: Iterable[Record], target: Path) -> None:
     """Whole or not at all. OSError where the disk does not take it."""
-    scratch = target.with_name(target.name + ".writing")
     events = [event for number, record in enumerate(records, 1) for event in _episode(record, number)]
-    scratch.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}))
-    os.replace(scratch, target)
+    with replacing(target) as scratch:
+        scratch.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}))
 
 
 def _episode(record: Record, process: int) -> list[Json]:

@@ -7,7 +7,9 @@ Every message and every sampled token of an agent is written once.
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -48,6 +50,16 @@ class Recording:
     tokenizer: Tokenizer
     media_spec: MediaSpec
     records: list[Record]
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Write to the yielded path; it takes the place of `path` only when all went well."""
+    scratch = path.with_name(path.name + ".writing")
+    yield scratch
+    with scratch.open("rb+") as file:
+        os.fsync(file.fileno())
+    scratch.rename(path)
 
 
 def agents(trace: Trace) -> Iterator[tuple[str, Trace]]:

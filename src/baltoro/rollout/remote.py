@@ -22,6 +22,9 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import MediaItem, TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
 
+# The environment variable with the key of a server that somebody else runs.
+UPSTREAM_KEY = "BALTORO_UPSTREAM_KEY"
+
 
 class _Server:
     """Posts JSON to one address alone: redirects are not followed. `run` must be entered."""

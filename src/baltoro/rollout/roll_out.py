@@ -8,6 +8,7 @@ that was cut is run again and is answered from the journal; one that is in the f
 import asyncio
 import fcntl
 import json
+import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -29,7 +30,7 @@ from baltoro.rollout.live import watched
 from baltoro.rollout.manager import ManagerConfig, RolloutManager, Running
 from baltoro.rollout.partial import resumable
 from baltoro.rollout.record import Record, read_episodes, write_episodes
-from baltoro.rollout.remote import remote_engine
+from baltoro.rollout.remote import UPSTREAM_KEY, remote_engine
 
 _OURS = "run"  # in the journal; episodes have a number before a slash
 
@@ -93,8 +94,9 @@ class RolledOut:
     faults: Counter[str]
 
 
-def remote(config: RollOutConfig, key: str) -> Served:
+def remote(config: RollOutConfig) -> Served:
     """Raises ValueError where the tokenizer is missing or broken; entering `running`, ConnectionError."""
+    key = os.environ.get(UPSTREAM_KEY, "")
     engine, tokenizer = remote_engine(config.kind, config.upstream, config.model, config.tokenizer, key)
 
     @asynccontextmanager
@@ -126,12 +128,12 @@ async def _roll_out(env: Env, served: Served, config: RollOutConfig, folder: Pat
     async with Journal.open(folder / "journal") as journal:
         await _check(journal, folder, _settings(env, served.name, config))
         write_episodes(file, (), served.tokenizer, served.media)
-        there = {(record.group, record.seed) for record in read_episodes(file).records}
+        there = set(_by_place(file))
         wanted = [episode for episode in _episodes(config) if episode.place not in there]
         console.print(_headline(env, served.name, config, len(wanted)), markup=False, highlight=False, soft_wrap=True)
         if wanted:
             await _play(env, policy, served, config, wanted, _Kept(journal, file, faults), console)
-    records = {(record.group, record.seed): record for record in read_episodes(file).records}
+    records = _by_place(file)
     places = [episode.place for episode in _episodes(config)]
     return RolledOut([records[place] for place in places if place in records], faults)
 
@@ -157,6 +159,10 @@ class _Episode:
 
     def rollout(self, env: Env, policy: Policy) -> Callable[[Engine], Awaitable[Trace]]:
         return lambda engine: env.rollout(engine, policy, self.task(env), self.place[1])
+
+
+def _by_place(file: Path) -> dict[tuple[str, int], Record]:
+    return {(record.group, record.seed): record for record in read_episodes(file).records}
 
 
 def _episodes(config: RollOutConfig) -> list[_Episode]:

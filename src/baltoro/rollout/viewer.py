@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from importlib.resources import files
@@ -19,15 +18,14 @@ from baltoro.agent.trace import Trace, Turn
 from baltoro.chat.media import pixels_of
 from baltoro.chat.messages import Clip, Image, MediaItem, Message, Part
 from baltoro.rollout.pictures import data_uri
-from baltoro.rollout.record import Json, Record, Recording
+from baltoro.rollout.record import Json, Record, Recording, replacing
 from baltoro.rollout.verify import verify
 
 
 def write_view(recording: Recording, target: Path, title: str) -> None:
     """Whole or not at all. OSError where the disk does not take it."""
-    scratch = target.with_name(target.name + ".writing")
-    scratch.write_text(_page(recording, title), encoding="utf-8")
-    os.replace(scratch, target)
+    with replacing(target) as scratch:
+        scratch.write_text(_page(recording, title), encoding="utf-8")
 
 
 def _page(recording: Recording, title: str) -> str:

@@ -17,9 +17,9 @@ from baltoro.rollout.gateway.rendering import Rendering
 from baltoro.rollout.gateway.server import serve
 from baltoro.rollout.gateway.sqlite import SqliteStore
 from baltoro.rollout.gateway.upstream import Upstream
-from baltoro.rollout.remote import remote_engine
+from baltoro.rollout.remote import UPSTREAM_KEY, remote_engine
 
-_API_KEYS, _ADMIN_KEY, _UPSTREAM_KEY = "BALTORO_API_KEY", "BALTORO_ADMIN_KEY", "BALTORO_UPSTREAM_KEY"
+_API_KEYS, _ADMIN_KEY = "BALTORO_API_KEY", "BALTORO_ADMIN_KEY"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run_gateway(file: Path, config: GatewayConfig) -> None:
 
 
 def _open(config: GatewayConfig) -> tuple[Upstream, AbstractAsyncContextManager[None]]:
-    key = os.environ.get(_UPSTREAM_KEY, "")
+    key = os.environ.get(UPSTREAM_KEY, "")
     media = MediaSpec.K25
     if config.kind in ("chat", "text"):
         rendering = Rendering(Tokenizer.load(config.tokenizer), media) if config.tokenizer else None
