@@ -56,11 +56,15 @@ def test_events_happen_when_and_as_they_say():
 def test_splits_share_no_motion_and_no_event():
     rng = random.Random(3)
     motions = {
-        split: {(m.colour, m.shape, m.direction) for m in (sample_motion(rng, split) for _ in range(3000))}
+        split: {(m.colour, m.shape, m.ground, m.direction) for m in (sample_motion(rng, split) for _ in range(3000))}
         for split in ("train", "heldout")
     }
     assert not motions["train"] & motions["heldout"]
-    assert (len(motions["train"]), len(motions["heldout"])) == (96, 16)
+    assert (len(motions["train"]), len(motions["heldout"])) == (288, 48)
+    # Colour, shape and ground of a held-out motion have been seen with its direction, two by two.
+    for pick in ((0, 1, 3), (0, 2, 3), (1, 2, 3)):
+        train, heldout = ({tuple(one[i] for i in pick) for one in motions[split]} for split in ("train", "heldout"))
+        assert heldout <= train
     events = {
         split: {(e.colour, e.shape, e.kind, e.second) for e in (sample_event(rng, split) for _ in range(6000))}
         for split in ("train", "heldout")

@@ -51,7 +51,7 @@ def test_every_size_and_every_kind_is_asked_for() -> None:
 def test_the_prompt() -> None:
     gold = {"Bel Stanby": {"age": "20", "metal": "abnel"}, "Ok Rudton": {"age": "31", "metal": "tuvey"}}
     task = WideSearch(("Bel Stanby", "Ok Rudton"), ("metal", "age"), gold)
-    assert task.prompt == "Find name|metal|age\n1\nBel Stanby\n2\nOk Rudton"
+    assert task.prompt == "Find 2 rows name|metal|age\n1\nBel Stanby\n2\nOk Rudton"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -61,7 +61,7 @@ def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> No
     assert not IMPLIED_WIDTH.search(first)  # behind it are names, which may be any words
     assert tuple(lines[1::2]) == task.names
     assert lines[::2] == [str(i + 1) for i in range(len(task.names))]
-    assert first == f"Find name|{'|'.join(task.columns)}"
+    assert first == f"Find {len(task.names)} rows name|{'|'.join(task.columns)}"
 
 
 def test_a_row() -> None:

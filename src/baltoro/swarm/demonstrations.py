@@ -76,7 +76,7 @@ class Demonstrator:
         self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
     ) -> list[Message]:
         """Subagents in cohorts of one width, drawn from `widths` as (width, weight), 0 for all at once; sometimes told
-        to answer before it is done."""
+        to answer between two cohorts. No cohort is cut short: whether another call follows depends on the task alone."""
         task = wide_search(rng, self.world, low, high)
         width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
         messages = [system(SWARM_PROMPT), user(task.prompt)]
@@ -86,7 +86,7 @@ class Demonstrator:
         calls = [create]
         names = list(task.names)
         if rng.random() < 0.2:
-            names = names[: rng.randrange(1, len(names) + 1)]
+            names = names[: width * rng.randint(1, -(-len(names) // width))]
         for begin in range(0, len(names), width):
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
                 calls.append(_call("assign_task", i, prompt=template(name, task.columns), agent=SUBAGENT))

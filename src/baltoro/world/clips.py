@@ -1,7 +1,7 @@
 """Clips of one shape: it moves (4 frames), or it appears, vanishes or changes colour (8 frames at 1 fps).
 
-Splits. Motion: the entity is (colour, shape, direction), one in seven held out: every shape and direction lacks one
-colour in training. Event: the entity is (colour, shape, kind, second), one in three held out.
+Splits. Motion: the entity is (colour, shape, ground, direction), one in seven held out, so that what is seen of the
+others in training tells nothing of its direction. Event: the entity is (colour, shape, kind, second), one in three held out.
 """
 
 import random
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from baltoro.chat.messages import Clip
-from baltoro.world.scenes import COLOUR_NAMES, GAP, GROUNDS, SHAPES, Split, Thing, canvas, draw, in_split, vary
+from baltoro.world.scenes import COLOUR_NAMES, GAP, GROUNDS, SHAPES, Colour, Split, Thing, canvas, draw, in_split, vary
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 EVENTS = ("appears", "vanishes", "changes")
@@ -28,6 +28,7 @@ class Motion:
 
     colour: str
     shape: str
+    ground: Colour
     direction: str
 
     def caption(self) -> str:
@@ -38,8 +39,8 @@ class Motion:
         across, down = DIRECTIONS[self.direction]
         path = speed * (_MOTION_FRAMES - 1)
         x, y = _first(rng, across * path, size), _first(rng, down * path, size)
-        paint, ground = vary(rng, self.colour), rng.choice(GROUNDS)
-        frames = np.stack([canvas(_SIDE, _SIDE, ground)] * _MOTION_FRAMES)
+        paint = vary(rng, self.colour)
+        frames = np.stack([canvas(_SIDE, _SIDE, self.ground)] * _MOTION_FRAMES)
         for t, frame in enumerate(frames):
             draw(frame, Thing(self.colour, self.shape, x + across * speed * t, y + down * speed * t, size, paint))
         return Clip(frames, _MOTION_FPS)
@@ -49,9 +50,9 @@ def sample_motion(rng: random.Random, split: Split) -> Motion:
     names = tuple(DIRECTIONS)
     while True:
         colour, shape = rng.randrange(len(COLOUR_NAMES)), rng.randrange(len(SHAPES))
-        direction = rng.randrange(len(names))
-        if in_split(split, colour, shape, direction, one_in=7):
-            return Motion(COLOUR_NAMES[colour], SHAPES[shape], names[direction])
+        ground, direction = rng.randrange(len(GROUNDS)), rng.randrange(len(names))
+        if in_split(split, colour, shape, ground, direction, one_in=7):
+            return Motion(COLOUR_NAMES[colour], SHAPES[shape], GROUNDS[ground], names[direction])
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _package(rng: random.Random, name: str) -> Entity:
     """An invented software package: its page looks like real metadata and is made of real words."""
     vocabulary = words()
     values = {
-        "Version": ".".join(str(rng.randrange(rng.choice((4, 30)))) for _ in range(rng.choice((2, 3, 3, 3)))),
+        "Version": _version(rng),
         "Summary": python_corpus().passage(rng, 200).replace("\n", " ").strip()[:50].strip() or "A package",
         "Home-page": f"https://{rng.choice(vocabulary)}.{rng.choice(('org', 'com', 'io'))}/{rng.choice(vocabulary)}",
         "Author": f"{rng.choice(vocabulary).capitalize()} {rng.choice(vocabulary).capitalize()}",
@@ -95,9 +95,25 @@ def _package(rng: random.Random, name: str) -> Entity:
     return Entity(name, {key: values[key] for key in keys})
 
 
+def _version(rng: random.Random) -> str:
+    if rng.random() < 0.15:  # by the calendar
+        parts = [rng.randint(2010, 2040), rng.randint(1, 12), rng.randint(1, 31)][: rng.choice((2, 3, 3))]
+    else:
+        parts = [rng.randrange(rng.choice((4, 30, 100))) for _ in range(rng.choice((2, 3, 3, 3, 3, 4)))]
+    suffix = rng.choice((".post1", "rc1", "b2", ".post3")) if rng.random() < 0.05 else ""
+    return ".".join(map(str, parts)) + suffix
+
+
 def _license(rng: random.Random) -> str:
-    name = rng.choice(LICENSES)
-    return f"{name} {rng.choice(('AND', 'OR'))} {rng.choice(LICENSES)}" if rng.random() < 0.15 else name
+    first, second, third = rng.sample(LICENSES, 3)
+    form = rng.random()
+    if form < 0.75:
+        return first
+    if form < 0.9:
+        return f"{first} {rng.choice(('AND', 'OR'))} {second}"
+    if form < 0.95:
+        return f"{first} AND ({second} OR {third})"
+    return f"{rng.choice(words()).capitalize()} {rng.choice(('License', 'Software License', 'Public License'))}"
 
 
 def _pythons(rng: random.Random) -> str:

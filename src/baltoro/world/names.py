@@ -59,7 +59,12 @@ def package_name(rng: random.Random, split: Split, words: tuple[str, ...]) -> st
 
     def make() -> str:
         parts = [rng.choice(words) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
-        name = rng.choice(("-", "-", "_", ".")).join(parts)
+        style = rng.random()
+        if style < 0.15:
+            parts = [part.capitalize() for part in parts]
+        elif style < 0.25:
+            parts[0] = rng.choice(("py", "Py", "lib")) + parts[0]
+        name = rng.choice(("-", "-", "_", ".")).join(parts) if style > 0.05 else "".join(parts)
         return name + (str(rng.randrange(2, 10)) if rng.random() < 0.1 else "")
 
     return draw(make, split)

@@ -20,8 +20,8 @@ class WideSearch:
 
     @property
     def prompt(self) -> str:
-        """Says what is wanted and nothing of how to go about it."""
-        return f"Find {template('name', self.columns)}\n{numbered(self.names)}"
+        """Says what is wanted, and how many rows, and nothing of how to go about it."""
+        return f"Find {len(self.names)} rows {template('name', self.columns)}\n{numbered(self.names)}"
 
 
 def wide_search(rng: random.Random, world: World, low: int, high: int, columns: tuple[int, int] = (2, 3)) -> WideSearch:
