@@ -76,7 +76,7 @@ class Demonstrator:
         self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
     ) -> list[Message]:
         """Subagents in cohorts of one width, drawn from `widths` as (width, weight), 0 for all at once; sometimes told
-        to answer between two cohorts. No cohort is cut short: whether another call follows depends on the task alone."""
+        to answer between two cohorts. No cohort is cut short: whether a call follows depends on the task alone."""
         task = wide_search(rng, self.world, low, high)
         width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
         messages = [system(SWARM_PROMPT), user(task.prompt)]

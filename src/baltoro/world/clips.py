@@ -1,7 +1,8 @@
 """Clips of one shape: it moves (4 frames), or it appears, vanishes or changes colour (8 frames at 1 fps).
 
 Splits. Motion: the entity is (colour, shape, ground, direction), one in seven held out, so that what is seen of the
-others in training tells nothing of its direction. Event: the entity is (colour, shape, kind, second), one in three held out.
+others in training tells nothing of its direction. Event: the entity is (colour, shape, kind, second), one in three held
+out.
 """
 
 import random
