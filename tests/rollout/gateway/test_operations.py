@@ -23,6 +23,7 @@ from baltoro.agent.scripted import ScriptedEngine, completion_text
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import TokenSequence
 from baltoro.chat.tokenizer import Tokenizer
+from baltoro.rollout.gateway.answer import Drawn
 from baltoro.rollout.gateway.api import Api, ApiConfig
 from baltoro.rollout.gateway.engine import EngineUpstream
 from baltoro.rollout.gateway.graph import Session
@@ -222,6 +223,7 @@ from pathlib import Path
 from baltoro.agent.scripted import ScriptedEngine, completion_text
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
+from baltoro.rollout.gateway.answer import Drawn
 from baltoro.rollout.gateway.api import Api, ApiConfig
 from baltoro.rollout.gateway.engine import EngineUpstream
 from baltoro.rollout.gateway.server import serve
@@ -321,7 +323,7 @@ def test_the_store_commits_batches_in_one_thread(tmp_path: Path) -> None:
                     setting,
                     said,
                     array("i", [1]),
-                    [Sampled(2, -1.0)],
+                    Drawn(array("i", [2]), array("d", [-1.0]), array("i", [0])),
                     Said("assistant", (f"{i}",)),
                     "stop",
                     "chat",

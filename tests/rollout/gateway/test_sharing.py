@@ -14,7 +14,7 @@ from aiohttp import ClientSession, web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baltoro.agent.engine import Sampled
+from baltoro.rollout.gateway.answer import Drawn
 from baltoro.rollout.gateway.api import Api, ApiConfig
 from baltoro.rollout.gateway.graph import Call, Session, extending
 from baltoro.rollout.gateway.relay import Relay
@@ -33,7 +33,18 @@ def ask(session: Session, said: list[Said], ids: list[int], answer: str = "a") -
     """`ids`: of the whole prompt. The answer is token 9."""
     place, added = session.fit(session.place(SETTING, said), array("i", ids))
     told = Said("assistant", (answer,))
-    return session.add(place, SETTING, said, added, [Sampled(9, -1.0)], told, "stop", "chat", 0.0, 1.0)
+    return session.add(
+        place,
+        SETTING,
+        said,
+        added,
+        Drawn(array("i", [9]), array("d", [-1.0]), array("i", [0])),
+        told,
+        "stop",
+        "chat",
+        0.0,
+        1.0,
+    )
 
 
 def stored(session: Session) -> tuple[int, int]:

@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from typing import Literal
 
-from baltoro.agent.engine import Sampled, Sampling, StreamingEngine
+from baltoro.agent.engine import Sampling, StreamingEngine
 from baltoro.chat.messages import Message, TokenSequence, ToolSpec
 from baltoro.chat.parse import (
     CallBegun,
@@ -45,13 +46,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """One token and what it added. The last step has a finish reason and no token; `stop` is the string that ended
-    the answer, where one did."""
+    """Some tokens, drawn by the weights `version`, and what they added. The last step has a finish reason and no token;
+    `stop` is the string that ended the answer, where one did."""
 
-    sampled: tuple[Sampled, ...]
     events: tuple[Event, ...]
+    ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    version: int = 0
     finish: FinishReason | None = None
     stop: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The tokens of an answer, the stop token included: log-probability and version of the weights of each."""
+
+    ids: "array[int]" = field(default_factory=lambda: array("i"))
+    logprobs: "array[float]" = field(default_factory=lambda: array("d"))
+    versions: "array[int]" = field(default_factory=lambda: array("i"))
+
+    def add(self, step: Step) -> None:
+        self.ids.extend(step.ids)
+        self.logprobs.extend(step.logprobs)
+        self.versions.extend(repeat(step.version, len(step.ids)))
 
 
 async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: int) -> AsyncGenerator[Step]:
@@ -74,7 +91,7 @@ async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: 
                 cut = bool(stop.found) or (called and job.calls == "one")
                 if cut:
                     break
-            yield Step((sampled,), tuple(events))
+            yield Step(tuple(events), (sampled.token,), (sampled.logprob,), sampled.weight_version)
             if cut or sampled.token == tokenizer.im_end:
                 finish = "tool_calls" if called else "stop"
                 break
@@ -83,7 +100,7 @@ async def speak(engine: StreamingEngine, job: Job, tokenizer: Tokenizer, index: 
         # That the turn was cut off is what this reason says.
         events += [event for event in parser.finish()[:-1] for event in stop.feed(event)]
         events += stop.rest()
-    yield Step((), tuple(events), finish, stop.found)
+    yield Step(tuple(events), finish=finish, stop=stop.found)
 
 
 class _StopStrings:
@@ -121,13 +138,13 @@ class Choice:
 
     job: Job
     index: int
-    sampled: list[Sampled] = field(default_factory=list[Sampled])
+    drawn: Drawn = field(default_factory=Drawn)
     events: list[Event] = field(default_factory=list[Event])
     finish: FinishReason | None = None
     stop: str = ""
 
     def add(self, step: Step) -> None:
-        self.sampled += step.sampled
+        self.drawn.add(step)
         self.events += step.events
         self.finish = step.finish
         self.stop = step.stop

@@ -174,7 +174,7 @@ class Anthropic:
         if said.text:
             content.append({"type": "text", "text": said.text})
         content += [_tool_use(call) for call in said.tool_calls]
-        usage = {**_usage(job), "output_tokens": len(choice.sampled)}
+        usage = {**_usage(job), "output_tokens": len(choice.drawn.ids)}
         return {**_message(job), "content": content, **_stop(choice), "usage": usage, **_faults(choice)}
 
     def stream(self, request: ChatRequest, job: Job, spell: Spell) -> "AnthropicStream":
@@ -212,7 +212,7 @@ class AnthropicStream:
             return told
         for one in self._blocks.end():
             told += self._block(one)
-        usage = {"output_tokens": len(choice.sampled)}
+        usage = {"output_tokens": len(choice.drawn.ids)}
         return told + _event({"type": "message_delta", "delta": {**_stop(choice), **_faults(choice)}, "usage": usage})
 
     def end(self, choices: Sequence[Choice]) -> bytes:

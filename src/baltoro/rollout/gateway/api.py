@@ -360,7 +360,7 @@ class Api:
         """Returns when the answers are safe; only then may the client learn that they ended."""
         metrics, ask = self.metrics, work.ask
         metrics.tokens["prompt"] += len(work.job.read)
-        metrics.tokens["completion"] += sum(len(choice.sampled) for choice in choices)
+        metrics.tokens["completion"] += sum(len(choice.drawn.ids) for choice in choices)
         if work.session is None or ask.place is None:
             return
         place, added = work.session.fit(ask.place, work.job.read)
@@ -371,7 +371,7 @@ class Api:
                 ask.setting,
                 ask.dialogue.said,
                 added,
-                choice.sampled,
+                choice.drawn,
                 Said("assistant", tuple(filter(None, [said.text])), said.reasoning, said.tool_calls),
                 choice.finish or "",
                 work.dialect.name,

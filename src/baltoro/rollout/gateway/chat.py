@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from baltoro.agent.engine import Sampled
 from baltoro.chat.parse import ArgumentsDelta, CallBegun, CallEnded, ContentDelta, Event, Malformed, ReasoningDelta
 from baltoro.rollout.gateway.answer import Choice, Job, Step
 from baltoro.rollout.gateway.chat_request import ChatRequest
@@ -56,7 +55,7 @@ class ChatStream:
             ids = {"prompt_token_ids": self._job.read.tolist()} if self._request.return_token_ids else {}
             opening = event({**self._head, "choices": [first], **ids})
         delta = self._delta(choice, step)
-        described = _described(self._request, step.sampled, self._spell) if step.sampled else {}
+        described = _described(self._request, step.ids, step.logprobs, self._spell) if step.ids else {}
         if not (delta or described or step.finish):
             return opening
         chunk = {"index": choice.index, "delta": delta, "finish_reason": step.finish, **described}
@@ -101,7 +100,7 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
 
 
 def _usage(job: Job, choices: Sequence[Choice]) -> dict[str, int]:
-    prompt, completion = len(job.read), sum(len(choice.sampled) for choice in choices)
+    prompt, completion = len(job.read), sum(len(choice.drawn.ids) for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -118,20 +117,19 @@ def _whole(request: ChatRequest, choice: Choice, spell: Spell) -> dict[str, Any]
         ]
     if errors := choice.errors():
         message["parse_errors"] = errors
-    described = {"logprobs": None, **_described(request, choice.sampled, spell)}
+    described = {"logprobs": None, **_described(request, choice.drawn.ids, choice.drawn.logprobs, spell)}
     return {"index": choice.index, "message": message, "finish_reason": choice.finish, **described}
 
 
-def _described(request: ChatRequest, sampled: Sequence[Sampled], spell: Spell) -> dict[str, Any]:
+def _described(request: ChatRequest, ids: Sequence[int], logprobs: Sequence[float], spell: Spell) -> dict[str, Any]:
     """One entry for each token that was drawn, control tokens by name."""
     fields: dict[str, Any] = {}
     if request.logprobs:
-        pieces = [spell(s.token) for s in sampled]
         entries = [
-            {"token": piece.decode("utf-8", "replace"), "logprob": s.logprob, "bytes": list(piece), "top_logprobs": []}
-            for piece, s in zip(pieces, sampled, strict=True)
+            {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece), "top_logprobs": []}
+            for piece, logprob in zip(map(spell, ids), logprobs, strict=True)
         ]
         fields["logprobs"] = {"content": entries, "refusal": None}
     if request.return_token_ids:
-        fields["token_ids"] = [s.token for s in sampled]
+        fields["token_ids"] = list(ids)
     return fields

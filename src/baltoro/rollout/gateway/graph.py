@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from baltoro.agent.engine import Sampled
+from baltoro.rollout.gateway.answer import Drawn
 from baltoro.rollout.gateway.said import Said, Setting, chained
 
 P = TypeVar("P", tuple[Said, ...], "array[int]")
@@ -162,7 +162,7 @@ class Session:
         setting: Setting,
         said: Sequence[Said],
         added: "array[int]",
-        sampled: Sequence[Sampled],
+        drawn: Drawn,
         answer: Said,
         finish: str,
         dialect: str,
@@ -178,9 +178,9 @@ class Session:
             len(self.calls),
             prompt,
             setting,
-            array("i", [token.token for token in sampled]),
-            array("d", [token.logprob for token in sampled]),
-            array("i", [token.weight_version for token in sampled]),
+            drawn.ids,
+            drawn.logprobs,
+            drawn.versions,
             answer,
             finish,
             place.broke,

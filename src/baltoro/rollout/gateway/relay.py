@@ -5,7 +5,6 @@ import re
 from array import array
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from itertools import repeat
 from typing import Any
 
 import aiohttp
@@ -13,7 +12,6 @@ import numpy as np
 import orjson
 from yarl import URL
 
-from baltoro.agent.engine import Sampled
 from baltoro.chat.messages import TokenSequence
 from baltoro.chat.parse import ArgumentsDelta, CallBegun, CallEnded, ContentDelta, Event, ReasoningDelta
 from baltoro.rollout.gateway.answer import FinishReason, Job, Step
@@ -78,9 +76,9 @@ class Relay:
                 data = await response.read()
                 whole = self._read(data, ask.session, job) if self.exact else orjson.loads(data)
                 choice = whole["choices"][0]
-                sampled = _sampled(choice, whole) if self.exact else ()
-                yield self._spelt(ask, choice, Step(sampled, tuple(_said(choice["message"]))))
-                yield Step((), (), _finish(choice["finish_reason"]))
+                step = _step(choice, whole, _said(choice["message"]), told=self.exact)
+                yield self._spelt(ask, choice, step)
+                yield Step((), finish=_finish(choice["finish_reason"]))
 
     def _read(self, data: bytes, session: str, job: Job) -> dict[str, Any]:
         """The answer; the prompt's ids go to `job`. Those of a history are told in every answer again: what stands as
@@ -113,9 +111,9 @@ class Relay:
 
     def _spelt(self, ask: Ask, choice: Mapping[str, Any], step: Step) -> Step:
         if ask.request.logprobs:
-            for sampled, entry in zip(step.sampled, choice["logprobs"]["content"], strict=True):
+            for token, entry in zip(step.ids, choice["logprobs"]["content"], strict=True):
                 known = entry.get("bytes")
-                self._spelled[sampled.token] = entry["token"].encode() if known is None else bytes(known)
+                self._spelled[token] = entry["token"].encode() if known is None else bytes(known)
         return step
 
 
@@ -142,11 +140,11 @@ class _Reader:
                 self._called = call["index"]
                 events.append(CallBegun(call["id"], call["function"]["name"]))
             events.append(ArgumentsDelta(call["function"].get("arguments") or ""))
-        sampled = _sampled(choice, chunk) if choice.get("token_ids") else ()
-        return Step(sampled, tuple(events)) if sampled or events else None
+        told = bool(choice.get("token_ids"))
+        return _step(choice, chunk, events, told=told) if told or events else None
 
     def end(self) -> Step:
-        return Step((), tuple(self._end_call()), self._finish)
+        return Step(tuple(self._end_call()), finish=self._finish)
 
     def _end_call(self) -> list[Event]:
         return [CallEnded()] if self._called >= 0 else []
@@ -165,13 +163,15 @@ def _said(message: Mapping[str, Any]) -> list[Event]:
     return events
 
 
-def _sampled(choice: Mapping[str, Any], whole: Mapping[str, Any]) -> tuple[Sampled, ...]:
-    version = int(whole.get("weight_version") or 0)
+def _step(choice: Mapping[str, Any], whole: Mapping[str, Any], events: Sequence[Event], *, told: bool) -> Step:
+    """told: that the token ids stand there."""
+    if not told:
+        return Step(tuple(events))
     ids = _ids(choice, "token_ids")
     logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
     if len(ids) != len(logprobs):
         raise ApiError(502, f"the upstream tells {len(ids)} token ids and {len(logprobs)} log-probabilities")
-    return tuple(map(Sampled, ids, logprobs, repeat(version)))
+    return Step(tuple(events), ids, logprobs, int(whole.get("weight_version") or 0))
 
 
 def _ids(holder: Mapping[str, Any], name: str) -> Sequence[int]:

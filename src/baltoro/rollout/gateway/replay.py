@@ -7,7 +7,7 @@ agent may want several answers to one prompt.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,13 +27,10 @@ class Replays:
     """Of one session: the requests in flight, and the last that were answered."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[tuple[str, object], asyncio.Future[Told]] = OrderedDict()
-
-    @property
-    def size(self) -> int:
+        self._answers: dict[tuple[str, object], asyncio.Future[Told]] = {}
+        self._done: deque[tuple[tuple[str, object], asyncio.Future[Told]]] = deque()
+        self.size = 0
         """Bytes of the answers that are kept."""
-        done = (one for one in self._answers.values() if one.done() and not one.cancelled())
-        return sum(len(one.result().body) for one in done)
 
     async def find(self, path: str, body: bytes, headers: Mapping[str, str]) -> Told | None:
         """What was answered to the request that this one repeats; waits where it is in flight. None: it is to be
@@ -59,11 +56,18 @@ class Replays:
         finally:
             if not told.done():
                 told.cancel()
-                if self._answers.get(key) is told:
-                    del self._answers[key]
-            done = [key for key, one in self._answers.items() if one.done()]
-            for key in done[:-_KEPT]:
-                del self._answers[key]
+                self._forget(key, told)
+            else:
+                self._done.append((key, told))
+                self.size += len(told.result().body)
+                if len(self._done) > _KEPT:
+                    oldest, told = self._done.popleft()
+                    self.size -= len(told.result().body)
+                    self._forget(oldest, told)
+
+    def _forget(self, key: tuple[str, object], told: "asyncio.Future[Told]") -> None:
+        if self._answers.get(key) is told:  # else the same was asked again since
+            del self._answers[key]
 
 
 def _key(path: str, body: bytes, headers: Mapping[str, str]) -> tuple[str, object]:

@@ -383,7 +383,7 @@ def _response(request: ChatRequest, job: Job, output: list[dict[str, Any]], choi
         "usage": None,
     }
     if choice is not None:
-        read, drawn = len(job.read), len(choice.sampled)
+        read, drawn = len(job.read), len(choice.drawn.ids)
         body["usage"] = {
             "input_tokens": read,
             "input_tokens_details": {"cached_tokens": 0},

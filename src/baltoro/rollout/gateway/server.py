@@ -1,6 +1,7 @@
 """The process that serves."""
 
 import asyncio
+import gc
 import signal
 from contextlib import AbstractAsyncContextManager
 
@@ -12,6 +13,9 @@ from baltoro.rollout.gateway.api import Api
 async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str, port: int) -> None:
     """Serves until SIGTERM or Ctrl-C, then drains; a second signal ends at once. `running`: while it is entered, the
     engine works. Raises what ends the engine, after every request that waited for it was answered with 500."""
+    # A request leaves hundreds of records and no cycles: looking for those every 700 objects costs a fifth of all.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
