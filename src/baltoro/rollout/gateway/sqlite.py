@@ -1,13 +1,14 @@
-"""Recorded calls in an SQLite file. One thread writes: what has come in while it wrote goes into its next transaction,
-so a thousand calls cost a few commits, none of them on the event loop.
+"""Recorded calls in an SQLite file. A request waits until its call is in a log; one thread brings what has come in the
+last moments from the log into the database, so a thousand calls cost a few commits, none of them on the event loop.
 
-A call that was saved survives the death of the process (kill -9); the loss of power may take the last moments, for
-the write-ahead log is not synchronised to the disk at every commit.
+A call that was saved survives the death of the process (kill -9): the next one to open the file reads the log that was
+left. The loss of power may take the last moments, for neither log is synchronised to the disk at every commit.
 """
 
 import asyncio
 import contextlib
-import queue
+import logging
+import pickle
 import sqlite3
 import threading
 from array import array
@@ -21,8 +22,10 @@ import orjson
 
 from baltoro.chat.messages import ToolSpec
 from baltoro.rollout.gateway.graph import Call, Prompt, Session
+from baltoro.rollout.gateway.log import Log
 from baltoro.rollout.gateway.said import Said, Setting
 
+_logger = logging.getLogger(__name__)
 _VERSION = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -34,11 +37,17 @@ CREATE TABLE IF NOT EXISTS media (hash TEXT PRIMARY KEY, file BLOB);
 """
 
 
+_GATHER_S = 0.02
+_Row = tuple[Any, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    calls: list[tuple[Any, ...]]
+    """Rows of calls and of media. saved: for whoever waits for the commit."""
+
+    calls: list[_Row]
     media: list[tuple[str, bytes]]
-    saved: "asyncio.Future[None]"
+    saved: "asyncio.Future[None] | None" = None
 
 
 class SqliteStore:
@@ -46,44 +55,78 @@ class SqliteStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._known: set[str] = set()
         self._readers = ThreadPoolExecutor(1, "gateway store reader")
+        self._lock = threading.Lock()  # a call is in the log if and only if it waits here
+        self._waiting: list[_Batch] = []
+        self._committing: list[_Batch] = []
+        self._come = threading.Event()
+        self._hurry = threading.Event()
+        self._closing = False
+        self._failed = False
 
     def __enter__(self) -> Self:
         with contextlib.closing(self._connect()) as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if connection.execute("PRAGMA schema_version").fetchone() != (0,) and version != _VERSION:
                 raise ValueError(f"{self._path} was written by another version of the gateway; choose a new file")
+            # One is written to while the other is brought into the database.
+            self._log, self._other = (Log(self._path.with_name(f"{self._path.name}.log{i}")) for i in range(2))
             connection.execute(f"PRAGMA user_version={_VERSION}")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.executescript(_TABLES)
+            for log in (self._log, self._other):
+                # Of what a process left that died, some may have been committed.
+                _insert(connection, [_Batch(*pickle.loads(record)) for record in log.records()], "INSERT OR IGNORE")
+                log.clear()
             self._known = {row[0] for row in connection.execute("SELECT hash FROM media")}
         self._writer = threading.Thread(target=self._write, name="gateway store")
         self._writer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
+        self._closing = True
+        self._hurry.set()
+        self._come.set()
         self._writer.join()
         self._readers.shutdown()
+        for log in (self._log, self._other):
+            if not self._failed:
+                log.clear()
+            log.close()
 
     async def save(self, session: Session, calls: Sequence[Call], files: Mapping[str, bytes]) -> None:
-        """Raises sqlite3.Error where the disk does not take it."""
+        """Raises OSError or sqlite3.Error where the disk does not take it."""
         media = [(name, file) for name, file in files.items() if name not in self._known]
-        await self._put([_row(session.id, call) for call in calls], media)
+        rows = [_row(session.id, call) for call in calls]
+        record = pickle.dumps((rows, media))
+        with self._lock:
+            self._log.append(record)
+            self._waiting.append(_Batch(rows, media))
+        self._known.update(name for name, _ in media)
+        self._come.set()
+        if self._failed:
+            await self._committed()
 
     async def load(self, session: str) -> Session | None:
         # Somebody may have begun to save and left without waiting for it.
-        await self._put([], [])
+        with self._lock:
+            under_way = [*self._committing, *self._waiting]
+        if any(row[0] == session for batch in under_way for row in batch.calls):
+            await self._committed()
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._load, session)
 
     async def files(self, session: Session) -> Mapping[str, bytes]:
+        await self._committed()
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._files, session)
 
-    async def _put(self, calls: list[tuple[Any, ...]], media: list[tuple[str, bytes]]) -> None:
+    async def _committed(self) -> None:
+        """All that has come. Raises sqlite3.Error."""
         saved = asyncio.get_running_loop().create_future()
-        self._queue.put(_Batch(calls, media, saved))
+        with self._lock:
+            self._waiting.append(_Batch([], [], saved))
+        self._hurry.set()
+        self._come.set()
         await saved
 
     def _load(self, session: str) -> Session | None:
@@ -110,33 +153,42 @@ class SqliteStore:
         connection.execute("PRAGMA synchronous=NORMAL")
         # The log is brought into the file, and both to the disk, every 64 MB, not every 4.
         connection.execute("PRAGMA wal_autocheckpoint=16384")
-        while (first := self._queue.get()) is not None:
-            batches = [first]
-            end = False
-            while not self._queue.empty():
-                more = self._queue.get()
-                if more is None:
-                    end = True
-                    break
-                batches.append(more)
-            error = self._commit(connection, batches)
-            _tell(batches, error)
-            if end:
-                break
+        closing = False
+        while not closing:
+            self._come.wait()
+            self._hurry.wait(_GATHER_S)
+            with self._lock:
+                self._come.clear()
+                self._hurry.clear()
+                closing = self._closing
+                self._committing += self._waiting
+                self._waiting = []
+                self._log, self._other = self._other, self._log
+            error = self._commit(connection, self._committing)
+            self._failed = error is not None
+            _tell(self._committing, error)
+            if error is None:
+                self._committing = []
+                self._other.clear()
+            else:
+                _logger.error("%s takes no more calls (%s); they wait in %s.log*", self._path, error, self._path.name)
         connection.close()
 
     def _commit(self, connection: sqlite3.Connection, batches: Sequence[_Batch]) -> sqlite3.Error | None:
-        media = [one for batch in batches for one in batch.media]
         try:
-            with connection:
-                connection.executemany("INSERT OR IGNORE INTO media VALUES (?, ?)", media)
-                marks = ", ".join("?" * 20)
-                rows = (row for batch in batches for row in batch.calls)
-                connection.executemany(f"INSERT INTO calls VALUES ({marks})", rows)
+            _insert(connection, batches, "INSERT")
         except sqlite3.Error as error:
             return error
-        self._known.update(name for name, _ in media)
         return None
+
+
+def _insert(connection: sqlite3.Connection, batches: Sequence[_Batch], verb: str) -> None:
+    """All or nothing."""
+    with connection:
+        media = (one for batch in batches for one in batch.media)
+        connection.executemany("INSERT OR IGNORE INTO media VALUES (?, ?)", media)
+        rows = (row for batch in batches for row in batch.calls)
+        connection.executemany(f"{verb} INTO calls VALUES ({', '.join('?' * 20)})", rows)
 
 
 def _tell(batches: Sequence[_Batch], error: sqlite3.Error | None) -> None:
@@ -144,7 +196,7 @@ def _tell(batches: Sequence[_Batch], error: sqlite3.Error | None) -> None:
 
     def wake(waiting: Sequence["asyncio.Future[None]"]) -> None:
         for saved in waiting:
-            if saved.cancelled():
+            if saved.done():
                 continue
             if error is None:
                 saved.set_result(None)
@@ -153,7 +205,8 @@ def _tell(batches: Sequence[_Batch], error: sqlite3.Error | None) -> None:
 
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for batch in batches:
-        loops.setdefault(batch.saved.get_loop(), []).append(batch.saved)
+        if batch.saved is not None:
+            loops.setdefault(batch.saved.get_loop(), []).append(batch.saved)
     for loop, waiting in loops.items():
         if not loop.is_closed():
             loop.call_soon_threadsafe(wake, waiting)
