@@ -20,7 +20,7 @@ from baltoro.chat.messages import Image, Message
 from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.score.table import item_f1, parse_table
-from baltoro.swarm.demonstrations import NOTICE, SUBAGENT, SUBAGENT_PROMPT, SWARM_PROMPT, Demonstrator
+from baltoro.swarm.demonstrations import NOTICE, SUBAGENT, SWARM_PROMPT, Demonstrator
 from baltoro.swarm.wide import Library, Mode, WideRules, solve
 from baltoro.tools.python import Python, Sandbox, SandboxUnavailable
 from baltoro.world.entities import World
@@ -75,8 +75,9 @@ def returns(prompt: str) -> list[str]:
 
 
 def reads_its_page(prompt: str) -> str:
-    """A subagent that works from what it sees alone: the row to fill in, the hits, the page."""
-    name, *columns = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("|")
+    """A subagent that works from what it sees alone: the row to fill in, the name, the hits, the page."""
+    instruction, name = (part.split("<|im_end|>")[0] for part in prompt.split("<|im_middle|>")[1:3])
+    columns = instruction.removeprefix("Fill in name|").split("|")
     found = returns(prompt)
     if not found:
         return completion_text(calls=[("search", {"query": name})])
@@ -216,20 +217,20 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
 
 
 def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]) -> None:
-    """The instruction and the task have the same form in both demonstrations: a row with its values left out."""
-    form = re.compile(r"[^|\n]+(\|[\w-]+){2,3}")
+    """The instruction and the task have the same form in both demonstrations: a row with its values left out, a name."""
+    form = re.compile(r"Fill in name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
-        assert messages[0].text == SUBAGENT_PROMPT
-        assert form.fullmatch(messages[1].text)
+        assert form.fullmatch(messages[0].text)
+        assert "|" not in messages[1].text
     for messages in drawn(experts, "orchestrator", 20):
         create, *_ = messages[2].tool_calls
         asked_for, *lines = messages[1].text.split("\n")
         names = lines[1::2]
-        assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{SUBAGENT_PROMPT}"}}'
+        instruction = asked_for.replace(f"Find {len(names)} rows", "Fill in")
+        assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{instruction}"}}'
         assigned = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
         assert [call.arguments for call in assigned] == [
-            f'{{"prompt":"{asked_for.replace(f"Find {len(names)} rows name", name)}","agent":"{SUBAGENT}"}}'
-            for name in names[: len(assigned)]
+            f'{{"agent":"{SUBAGENT}","prompt":"{name}"}}' for name in names[: len(assigned)]
         ]
 
 

@@ -10,7 +10,7 @@ from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
-from baltoro.world.tasks import numbered, row, template
+from baltoro.world.tasks import closed, numbered, row, template
 from baltoro.world.vision import VISION_TASKS, VisionTask
 
 _VISION = list(VISION_TASKS.values())
@@ -47,23 +47,26 @@ class Sources:
             parts = [(page, rng.sample(page[1:], len(page) - 1))]
         elif form < 0.5:
             parts = [([chosen[0].page], [])]
+            name = chosen[0].name
             for _ in range(6):
                 columns = rng.sample(kind.keys, rng.randint(2, len(kind.keys)))
-                blank = template(chosen[0].name, columns)
-                parts.append(([blank], [row(chosen[0].name, chosen[0].attributes, columns)]))
+                blank = [template(name, columns)] if rng.random() < 0.5 else [template("name", columns), name]
+                parts.append((blank, [row(name, chosen[0].attributes, columns)]))
         elif form < 0.95:
             columns = rng.sample(kind.keys, rng.randint(1, 3))
             rows = [row(e.name, e.attributes, columns) for e in chosen]
-            parts = [([numbered(e.name for e in chosen), *rng.sample(rows, len(rows))], [numbered(rows)])]
+            parts = [([numbered(e.name for e in chosen), *rng.sample(rows, len(rows))], [closed(rows)])]
         else:
-            names = [numbered(e.name for e in chosen)]
-            parts = [(names, names)]
+            names = [e.name for e in chosen]
+            parts = [([numbered(names)], [closed(names)])]
         ids: list[int] = []
         mask: list[int] = []
         for lines, target in ((lines, target) for part in parts for target, lines in enumerate(part)):
             new = self.tokenizer.encode("".join(line + "\n" for line in lines))
             ids += new
             mask += [target] * len(new)
+        if form >= 0.5:  # where a list ends is to be known as well
+            ids[-1] = self.tokenizer.im_end
         return TokenSequence(ids, [], mask)
 
     def caption(self, rng: random.Random) -> TokenSequence:

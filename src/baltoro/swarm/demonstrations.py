@@ -9,20 +9,24 @@ from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_res
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
-from baltoro.world.tasks import numbered, row, template, wide_search
+from baltoro.world.tasks import closed, row, template, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
 PYTHON_PROMPT = "Tools: python."
 NOTICE = "Answer now."
 SUBAGENT = "reader"
-SUBAGENT_PROMPT = "Fill in the row."
 HITS = 2
 _BOX_CODE = """import numpy as np
 im = np.load('image.npy').astype(int)
 y, x = np.where(abs(im - {colour}).sum(2) < 60)
 h, w, _ = im.shape
 print(*(round(v * 32 / s) for v, s in ((x.min(), w), (y.min(), h), (x.max() + 1, w), (y.max() + 1, h))))"""
+
+
+def subagent_prompt(columns: Sequence[str]) -> str:
+    """The row to be filled in; its task is the name alone."""
+    return f"Fill in {template('name', columns)}"
 
 
 class Demonstrator:
@@ -37,11 +41,11 @@ class Demonstrator:
         """One entity: search, open, answer with one row; `not found` for an entity that no page is about."""
         task = wide_search(rng, self.world, 1, 1)
         name = task.names[0]
-        messages = [system(SUBAGENT_PROMPT), user(template(name, task.columns))]
+        messages = [system(subagent_prompt(task.columns)), user(name)]
         if rng.random() < 0.05:
             other = rng.choice(self.world.kinds).entities
             name = " ".join(w[::-1] for w in rng.choice(other).name.split())
-            messages = [system(SUBAGENT_PROMPT), user(template(name, task.columns))]
+            messages[1] = user(name)
             self._search(messages, 0, name)
             return [*messages, assistant("not found")]
         self._search(messages, 0, name)
@@ -57,20 +61,20 @@ class Demonstrator:
         messages = [system(SINGLE_PROMPT), user(task.prompt)]
         notes: list[str] = []
         cut = rng.randrange(2 * len(task.names)) if rng.random() < 0.3 else None
-        note = ""
+        note = "1\n"
         for i, name in enumerate(task.names):
-            self._search(messages, 2 * i, name, f"{note}{i + 1}\n{template(name, task.columns)}")
+            self._search(messages, 2 * i, name, f"{note}{template(name, task.columns)}")
             note = ""
             if cut == 2 * i:
                 break
             self._open(messages, 2 * i + 1, name)
             notes.append(row(name, task.gold[name], task.columns))
-            note = f"{notes[-1]}\n"
+            note = f"{notes[-1]}\n{i + 2}\n"
             if cut == 2 * i + 1:
                 break
         if cut is not None:
             messages.append(user(NOTICE))
-        return [*messages, assistant(numbered(notes), reasoning=note.strip())]
+        return [*messages, assistant(closed(notes), reasoning=note.strip())]
 
     def orchestrator(
         self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
@@ -81,7 +85,7 @@ class Demonstrator:
         width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
         messages = [system(SWARM_PROMPT), user(task.prompt)]
         # The subagent is created in the turn that first needs it: a turn of its own would be one more critical step.
-        create = _call("create_subagent", 0, name=SUBAGENT, system_prompt=SUBAGENT_PROMPT)
+        create = _call("create_subagent", 0, name=SUBAGENT, system_prompt=subagent_prompt(task.columns))
         results = [tool_result(create.id, f"created {SUBAGENT}")]
         calls = [create]
         names = list(task.names)
@@ -89,13 +93,13 @@ class Demonstrator:
             names = names[: width * rng.randint(1, -(-len(names) // width))]
         for begin in range(0, len(names), width):
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
-                calls.append(_call("assign_task", i, prompt=template(name, task.columns), agent=SUBAGENT))
+                calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=name))
                 results.append(tool_result(calls[-1].id, row(name, task.gold[name], task.columns)))
             messages += [assistant(tool_calls=tuple(calls)), *results]
             calls, results = [], []
         if len(names) < len(task.names):
             messages.append(user(NOTICE))
-        return [*messages, assistant(numbered(row(n, task.gold[n], task.columns) for n in names))]
+        return [*messages, assistant(closed([row(n, task.gold[n], task.columns) for n in names]))]
 
     def pixels(self, rng: random.Random) -> list[Message]:
         """An image operation as code, on a picture that is named but never shown (zero-vision SFT, 2.2): find an object

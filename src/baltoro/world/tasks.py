@@ -39,6 +39,12 @@ def numbered(lines: Iterable[str]) -> str:
     return "\n".join(f"{number}\n{line}" for number, line in enumerate(lines, 1))
 
 
+def closed(rows: Sequence[str]) -> str:
+    """Numbered rows, and the number behind the last with nothing behind it: where the task's list has no such number, the
+    table ends. So it ends by looking a number up, and not by counting."""
+    return f"{numbered(rows)}\n{len(rows) + 1}".lstrip()
+
+
 def template(name: str, columns: Sequence[str]) -> str:
     """A row to be filled in: `name|column|column`."""
     return "|".join((name, *columns))
