@@ -8,6 +8,7 @@ from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.data.sources import Sources
 from baltoro.world.corpora import python_corpus
+from baltoro.world.entities import World
 
 KINDS = {
     "digit": "digit ",
@@ -19,16 +20,39 @@ KINDS = {
 }
 
 
-def test_every_kind_of_picture_is_described_for_equally_many_tokens() -> None:
+@pytest.fixture(scope="module")
+def sources() -> Sources:
     tokenizer = Tokenizer({bytes([b]): b for b in range(256)})
     half = (0.5, 0.5, 0.5)
     spec = MediaSpec(8, 2, 256, 64, half, half, frames_per_chunk=4, sample_fps=4.0)
-    sources = Sources(tokenizer, spec, python_corpus(), 100)
+    return Sources(tokenizer, spec, python_corpus(), 100)
+
+
+def test_a_restated_list_ends_where_its_numbers_do(sources: Sources) -> None:
+    rng, tokenizer, lists = random.Random(5), sources.tokenizer, 0
+    for _ in range(100):
+        example = sources.restated(rng, World(rng.randrange(100), "train"))
+        if example.ids[-1] != tokenizer.im_end:
+            continue
+        begin = example.loss_mask.index(1)
+        assert all(example.loss_mask[begin:])
+        given = tokenizer.decode(example.ids[:begin]).split("\n")
+        told = tokenizer.decode(example.ids[begin:-1]).split("\n")
+        count = len(told) // 2
+        assert told[::2] == [str(i + 1) for i in range(count + 1)]
+        assert given[: 2 * count : 2] == told[:-1:2]
+        assert told[-1] not in given
+        assert {row.split("|")[0] for row in told[1::2]} == set(given[1 : 2 * count : 2])
+        lists += 1
+    assert lists > 30
+
+
+def test_every_kind_of_picture_is_described_for_equally_many_tokens(sources: Sources) -> None:
     rng = random.Random(3)
     tokens = Counter[str]()
     for _ in range(1500):
         example = sources.caption(rng)
-        text = tokenizer.decode([i for i, target in zip(example.ids, example.loss_mask, strict=True) if target])
+        text = sources.tokenizer.decode([i for i, target in zip(example.ids, example.loss_mask, strict=True) if target])
         tokens[next(kind for kind, begin in KINDS.items() if re.match(begin, text))] += len(example.ids)
     assert set(tokens) == set(KINDS)
     for kind, count in tokens.items():

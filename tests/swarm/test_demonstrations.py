@@ -217,7 +217,7 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
 
 
 def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]) -> None:
-    """The instruction and the task have the same form in both demonstrations: a row with its values left out, a name."""
+    """The instruction and the task have the same form in both: a row with its values left out, and a name."""
     form = re.compile(r"Fill in name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
         assert form.fullmatch(messages[0].text)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baltoro.score.table import parse_table
 from baltoro.world.entities import World
-from baltoro.world.tasks import WideSearch, row, wide_search
+from baltoro.world.tasks import WideSearch, closed, row, wide_search
 
 WORLDS = [World(seed, split) for seed in range(4) for split in ("train", "heldout")]
 IMPLIED_WIDTH = re.compile(r"parallel|concurren|simultan|at once|split|together|same time|batch|all at|divide", re.I)
@@ -62,6 +63,16 @@ def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> No
     assert tuple(lines[1::2]) == task.names
     assert lines[::2] == [str(i + 1) for i in range(len(task.names))]
     assert first == f"Find {len(task.names)} rows name|{'|'.join(task.columns)}"
+
+
+def test_a_table_is_closed_by_a_number_that_its_task_has_not() -> None:
+    assert closed(["Bel Stanby|age=20", "Ok Rudton|age=31"]) == "1\nBel Stanby|age=20\n2\nOk Rudton|age=31\n3"
+    assert closed([]) == "1"
+    task = wide_search(random.Random(1), WORLDS[0], 8, 16)
+    *_, last = closed([row(name, task.gold[name], task.columns) for name in task.names]).split("\n")
+    assert last not in task.prompt.split("\n")
+    table = parse_table(closed([row(name, task.gold[name], task.columns) for name in task.names]), task.columns)
+    assert table == task.gold
 
 
 def test_a_row() -> None:
