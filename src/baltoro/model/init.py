@@ -15,13 +15,14 @@ from baltoro.model.kimi import KimiK25
 
 @torch.no_grad()
 def initialise(model: KimiK25, generator: torch.Generator) -> None:
-    """Normal weights of `initializer_range` (vision: 1/sqrt fan-in), zero biases, unit norms, in a fixed order."""
+    """Normal weights of `initializer_range` (vision: 1/sqrt fan-in, its position table 1), zero biases, unit norms, in
+    a fixed order."""
     std = model.config.text.initializer_range
     for name, p in model.named_parameters():
         if name.startswith("language_model") and p.dim() >= 2:
             p.normal_(0, std, generator=generator)
         elif "pos_emb" in name:
-            p.normal_(0, 0.02, generator=generator)
+            p.normal_(0, 1, generator=generator)
         elif p.dim() >= 2:
             p.normal_(0, p[0].numel() ** -0.5, generator=generator)
         elif name.endswith("bias"):

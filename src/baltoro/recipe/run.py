@@ -57,7 +57,7 @@ class Run:
         self.model_config = dataclasses.replace(
             base, text=dataclasses.replace(base.text, vocab_size=self.tokenizer.vocab_size)
         )
-        self.model = self._fresh(self.model_config)
+        self.model = self._fresh(self.model_config, induction=config.induction)
         self.sources = Sources(self.tokenizer, config.media, self.corpus, config.passage_tokens)
         self.live = self._live_prompt()
         self._shown = float("-inf")
@@ -85,11 +85,11 @@ class Run:
         prompt = render(messages[:-1], self.tokenizer, self.config.media, add_generation_prompt=True)
         return LivePrompt(f"{messages[0].text} {messages[1].text}", prompt)
 
-    def _fresh(self, config: ModelConfig) -> KimiK25:
+    def _fresh(self, config: ModelConfig, *, induction: bool) -> KimiK25:
         model = KimiK25(config, self.tokenizer.media_pad, self.dtype)
         generator = torch.Generator().manual_seed(self.config.seed)
         initialise(model, generator)
-        if self.config.induction:
+        if induction:
             induction_heads(model, generator)
         return model
 
@@ -165,7 +165,7 @@ class Run:
     def _train_tower(self, sources: Callable[[random.Random], Mapping[str, Source]]) -> None:
         """The tower learns with a small language model (the report's is Moonlight), which is then left behind."""
         captioner = dataclasses.replace(self.model_config, text=self.config.captioner.of(self.model_config.text))
-        small = self._fresh(captioner)
+        small = self._fresh(captioner, induction=False)  # its few heads are to read pictures
         self.descend("vit", self.config.vit, sources, small)
         self.model.vision_tower.load_state_dict(small.vision_tower.state_dict())
         self.model.mm_projector.load_state_dict(small.mm_projector.state_dict())
