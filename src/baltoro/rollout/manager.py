@@ -7,7 +7,6 @@ own. Waiting for one another is free, because only calls of the engine are bound
 
 import asyncio
 import contextlib
-import gc
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
@@ -18,6 +17,7 @@ from baltoro.agent.engine import Completion, Engine, Overloaded, Sampling
 from baltoro.agent.loop import derive_seed
 from baltoro.agent.trace import Status, Trace
 from baltoro.chat.messages import TokenSequence
+from baltoro.rollout.collector import collecting_rarely
 from baltoro.rollout.permits import Permits
 
 # The statuses of a trace, and: crashed: the rollout raised. timed out: it had worked for `episode_s`. cancelled: by its
@@ -26,9 +26,6 @@ Outcome = Status | Literal["crashed", "timed out", "cancelled", "suspended"]
 OUTCOMES: tuple[Outcome, ...] = (*get_args(Status), "crashed", "timed out", "cancelled", "suspended")
 
 _LONGEST_PAUSE_S = 60.0
-# So many new objects before the collector looks for cycles. Thousands of waiting episodes are objects that stay, and at
-# Python's 700 a third of the time goes into walking through them (bench/rollouts.py).
-_YOUNG = 20_000
 # So many episodes begin at once; between them the loop goes on with what it has.
 _AT_ONCE = 32
 
@@ -176,13 +173,9 @@ class RolloutManager:
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
         """Episodes live within it: leaving it waits for all of them, leaving it by an exception cancels them."""
-        thresholds = gc.get_threshold()
-        gc.set_threshold(_YOUNG, *thresholds[1:])
-        try:
+        with collecting_rarely():
             async with asyncio.TaskGroup() as self._group:
                 yield
-        finally:
-            gc.set_threshold(*thresholds)
 
     async def submit(self, id: str, rollout: Rollout) -> Running:
         """Waits for a place, then starts the episode."""

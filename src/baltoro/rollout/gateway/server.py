@@ -1,21 +1,18 @@
 """The process that serves."""
 
 import asyncio
-import gc
 import signal
 from contextlib import AbstractAsyncContextManager
 
 from aiohttp import web
 
+from baltoro.rollout.collector import collecting_rarely
 from baltoro.rollout.gateway.api import Api
 
 
 async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str, port: int) -> None:
     """Serves until SIGTERM or Ctrl-C, then drains; a second signal ends at once. `running`: while it is entered, the
     engine works. Raises what ends the engine, after every request that waited for it was answered with 500."""
-    # A request leaves hundreds of records and no cycles: looking for those every 700 objects costs a fifth of all.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -35,9 +32,10 @@ async def serve(api: Api, running: AbstractAsyncContextManager[None], host: str,
         for number in signals:
             loop.add_signal_handler(number, on_signal)
         shown = f"[{host}]" if ":" in host else host
-        async with running, api.lag.watch():
-            print(f"listening on http://{shown}:{runner.addresses[0][1]}/v1", flush=True)
-            await stop.wait()
-            await api.drain()
+        with collecting_rarely():
+            async with running, api.lag.watch():
+                print(f"listening on http://{shown}:{runner.addresses[0][1]}/v1", flush=True)
+                await stop.wait()
+                await api.drain()
     finally:
         await runner.cleanup()
