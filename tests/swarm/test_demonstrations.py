@@ -77,7 +77,7 @@ def returns(prompt: str) -> list[str]:
 def reads_its_page(prompt: str) -> str:
     """A subagent that works from what it sees alone: the row to fill in, the name, the hits, the page."""
     instruction, name = (part.split("<|im_end|>")[0] for part in prompt.split("<|im_middle|>")[1:3])
-    columns = instruction.removeprefix("Fill in name|").split("|")
+    columns, name = instruction.removeprefix("Fill in name|").split("|"), name.split("|")[0]
     found = returns(prompt)
     if not found:
         return completion_text(calls=[("search", {"query": name})])
@@ -221,7 +221,7 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
     form = re.compile(r"Fill in name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
         assert form.fullmatch(messages[0].text)
-        assert "|" not in messages[1].text
+        assert re.fullmatch(r"[^|\n]+\|\d+", messages[1].text)
     for messages in drawn(experts, "orchestrator", 20):
         create, *_ = messages[2].tool_calls
         asked_for, *lines = messages[1].text.split("\n")
@@ -230,7 +230,8 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
         assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{instruction}"}}'
         assigned = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
         assert [call.arguments for call in assigned] == [
-            f'{{"agent":"{SUBAGENT}","prompt":"{name}"}}' for name in names[: len(assigned)]
+            f'{{"agent":"{SUBAGENT}","prompt":"{name}|{left}"}}'
+            for name, left in zip(names[: len(assigned)], range(len(names), 0, -1), strict=False)
         ]
 
 

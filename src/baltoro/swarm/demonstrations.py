@@ -25,8 +25,14 @@ print(*(round(v * 32 / s) for v, s in ((x.min(), w), (y.min(), h), (x.max() + 1,
 
 
 def subagent_prompt(columns: Sequence[str]) -> str:
-    """The row to be filled in; its task is the name alone."""
+    """The row to be filled in; its task is a name."""
     return f"Fill in {template('name', columns)}"
+
+
+def subtask(name: str, left: int) -> str:
+    """The name, and how many rows are still to be given out, this one included: at 1 the orchestrator stops. It
+    counts down because a model this small does not learn to see from a list alone that it has come to its end."""
+    return f"{name}|{left}"
 
 
 class Demonstrator:
@@ -41,11 +47,12 @@ class Demonstrator:
         """One entity: search, open, answer with one row; `not found` for an entity that no page is about."""
         task = wide_search(rng, self.world, 1, 1)
         name = task.names[0]
-        messages = [system(subagent_prompt(task.columns)), user(name)]
+        left = rng.randint(1, 16)
+        messages = [system(subagent_prompt(task.columns)), user(subtask(name, left))]
         if rng.random() < 0.05:
             other = rng.choice(self.world.kinds).entities
             name = " ".join(w[::-1] for w in rng.choice(other).name.split())
-            messages[1] = user(name)
+            messages[1] = user(subtask(name, left))
             self._search(messages, 0, name)
             return [*messages, assistant("not found")]
         self._search(messages, 0, name)
@@ -93,7 +100,8 @@ class Demonstrator:
             names = names[: width * rng.randint(1, -(-len(names) // width))]
         for begin in range(0, len(names), width):
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
-                calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=name))
+                prompt = subtask(name, len(task.names) + 1 - i)
+                calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=prompt))
                 results.append(tool_result(calls[-1].id, row(name, task.gold[name], task.columns)))
             messages += [assistant(tool_calls=tuple(calls)), *results]
             calls, results = [], []
