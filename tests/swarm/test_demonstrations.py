@@ -317,7 +317,8 @@ def test_an_answer_holds_what_was_seen_and_nothing_else(experts: list[Demonstrat
         if final == "not found":
             assert messages[1].text.split("|")[0] not in {document.title for document in world.documents}
             continue
-        columns = messages[1].text.split("\n")[0].split("|")[1:]
+        columns = messages[0 if kind == "subagent" else 1].text.split("\n")[0].split("|")[1:]
+        assert columns
         facts = {entity.name: entity.attributes for k in world.kinds for entity in k.entities}
         seen = [m.text for m in messages if m.role == "tool"]
         rows = parse_table(final, columns)
