@@ -77,7 +77,7 @@ def returns(prompt: str) -> list[str]:
 def reads_its_page(prompt: str) -> str:
     """A subagent that works from what it sees alone: the row to fill in, the name, the hits, the page."""
     instruction, name = (part.split("<|im_end|>")[0] for part in prompt.split("<|im_middle|>")[1:3])
-    columns, name = instruction.removeprefix("Fill in name|").split("|"), name.split("|")[0]
+    columns, name = instruction.removeprefix("Fill in name|").split("|"), name.split("->")[1].split("|")[0]
     found = returns(prompt)
     if not found:
         return completion_text(calls=[("search", {"query": name})])
@@ -185,7 +185,7 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
 ) -> None:
     finals: list[str] = []
     statuses: list[str] = []
-    for seed in range(60):
+    for seed in range(100):
         expert = experts[seed % len(experts)]
         messages = expert.subagent(random.Random(seed))
         create: Call = ("create_subagent", {"name": SUBAGENT, "system_prompt": messages[0].text})
@@ -221,7 +221,7 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
     form = re.compile(r"Fill in name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
         assert form.fullmatch(messages[0].text)
-        assert re.fullmatch(r"[^|\n]+\|\d+", messages[1].text)
+        assert re.fullmatch(r"\d+->[^|\n]+\|\d+", messages[1].text)
     for messages in drawn(experts, "orchestrator", 20):
         create, *_ = messages[2].tool_calls
         asked_for, *lines = messages[1].text.split("\n")
@@ -230,8 +230,8 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
         assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{instruction}"}}'
         assigned = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
         assert [call.arguments for call in assigned] == [
-            f'{{"agent":"{SUBAGENT}","prompt":"{name}|{left}"}}'
-            for name, left in zip(names[: len(assigned)], range(len(names), 0, -1), strict=False)
+            f'{{"agent":"{SUBAGENT}","prompt":"{i + 1}->{name}|{len(names) - i}"}}'
+            for i, name in enumerate(names[: len(assigned)])
         ]
 
 
@@ -315,7 +315,9 @@ def test_an_answer_holds_what_was_seen_and_nothing_else(experts: list[Demonstrat
         world = experts[seed % len(experts)].world
         final = messages[-1].text
         if final == "not found":
-            assert messages[1].text.split("|")[0] not in {document.title for document in world.documents}
+            assert messages[1].text.split("->")[-1].split("|")[0] not in {
+                document.title for document in world.documents
+            }
             continue
         columns = messages[0 if kind == "subagent" else 1].text.split("\n")[0].split("|")[1:]
         assert columns

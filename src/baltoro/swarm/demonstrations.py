@@ -29,10 +29,11 @@ def subagent_prompt(columns: Sequence[str]) -> str:
     return f"Fill in {template('name', columns)}"
 
 
-def subtask(name: str, left: int) -> str:
-    """The name, and how many rows are still to be given out, this one included: at 1 the orchestrator stops. It
-    counts down because a model this small does not learn to see from a list alone that it has come to its end."""
-    return f"{name}|{left}"
+def subtask(number: int, name: str, left: int) -> str:
+    """The row's number in the list, its name, and how many rows are still to be given out, this one included: at 1
+    the orchestrator stops. What it looks up or decides by stands within the last tokens, as far as a model this small
+    sees; the arrow lets the name begin with the same token as in the list."""
+    return f"{number}->{name}|{left}"
 
 
 class Demonstrator:
@@ -47,12 +48,12 @@ class Demonstrator:
         """One entity: search, open, answer with one row; `not found` for an entity that no page is about."""
         task = wide_search(rng, self.world, 1, 1)
         name = task.names[0]
-        left = rng.randint(1, 16)
-        messages = [system(subagent_prompt(task.columns)), user(subtask(name, left))]
+        number, left = rng.randint(1, 16), rng.randint(1, 16)
+        messages = [system(subagent_prompt(task.columns)), user(subtask(number, name, left))]
         if rng.random() < 0.05:
             other = rng.choice(self.world.kinds).entities
             name = " ".join(w[::-1] for w in rng.choice(other).name.split())
-            messages[1] = user(subtask(name, left))
+            messages[1] = user(subtask(number, name, left))
             self._search(messages, 0, name)
             return [*messages, assistant("not found")]
         self._search(messages, 0, name)
@@ -100,7 +101,7 @@ class Demonstrator:
             names = names[: width * rng.randint(1, -(-len(names) // width))]
         for begin in range(0, len(names), width):
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
-                prompt = subtask(name, len(task.names) + 1 - i)
+                prompt = subtask(i, name, len(task.names) + 1 - i)
                 calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=prompt))
                 results.append(tool_result(calls[-1].id, row(name, task.gold[name], task.columns)))
             messages += [assistant(tool_calls=tuple(calls)), *results]
