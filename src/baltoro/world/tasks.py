@@ -42,7 +42,7 @@ def numbered(lines: Iterable[str]) -> str:
 def closed(rows: Sequence[str]) -> str:
     """Numbered rows, and the number behind the last with nothing behind it: the task's list has no such number, so the
     table ends there by looking it up, and not by counting."""
-    return f"{numbered(rows)}\n{len(rows) + 1}".lstrip()
+    return numbered((*rows, "")).removesuffix("\n")
 
 
 def template(name: str, columns: Sequence[str]) -> str:

@@ -223,7 +223,6 @@ from pathlib import Path
 from baltoro.agent.scripted import ScriptedEngine, completion_text
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.tokenizer import Tokenizer
-from baltoro.rollout.gateway.answer import Drawn
 from baltoro.rollout.gateway.api import Api, ApiConfig
 from baltoro.rollout.gateway.engine import EngineUpstream
 from baltoro.rollout.gateway.server import serve

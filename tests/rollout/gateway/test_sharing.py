@@ -33,18 +33,8 @@ def ask(session: Session, said: list[Said], ids: list[int], answer: str = "a") -
     """`ids`: of the whole prompt. The answer is token 9."""
     place, added = session.fit(session.place(SETTING, said), array("i", ids))
     told = Said("assistant", (answer,))
-    return session.add(
-        place,
-        SETTING,
-        said,
-        added,
-        Drawn(array("i", [9]), array("d", [-1.0]), array("i", [0])),
-        told,
-        "stop",
-        "chat",
-        0.0,
-        1.0,
-    )
+    drawn = Drawn(array("i", [9]), array("d", [-1.0]), array("i", [0]))
+    return session.add(place, SETTING, said, added, drawn, told, "stop", "chat", 0.0, 1.0)
 
 
 def stored(session: Session) -> tuple[int, int]:

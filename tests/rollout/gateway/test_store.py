@@ -1,6 +1,8 @@
 """The store's log: what a request waits for, when the disk or the process fails."""
 
 import contextlib
+import os
+import pickle
 import resource
 import sqlite3
 from array import array
@@ -103,3 +105,22 @@ def test_a_file_belongs_to_one_store(tmp_path: Path) -> None:
         pass
     with SqliteStore(tmp_path / "calls.db"):
         pass
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_strangers_log_runs_no_code(tmp_path: Path) -> None:
+    log = Log(tmp_path / "calls.db.log0")
+    log.append(pickle.dumps(([], [Evil(tmp_path / "made")])))
+    log.close()
+    with pytest.raises(ValueError, match="no gateway wrote"), SqliteStore(tmp_path / "calls.db"):
+        pass
+    assert not (tmp_path / "made").exists()
