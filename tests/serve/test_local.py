@@ -118,6 +118,27 @@ def test_greedy_takes_the_best_token_whoever_else_is_served() -> None:
     assert crowd[2].ids == alone.ids
 
 
+def test_a_greedy_completion_is_computed_once_for_all_who_ask() -> None:
+    """Also where the one who asked first gives up; and again after an update."""
+    engine, prompt, sampling = _engine(_model(1)), _prompt(0, 12, _item(1)), Sampling(16, temperature=0.0)
+    alone = _ask(_engine(_model(1)), (prompt, sampling))[0]
+
+    async def run() -> None:
+        async with engine.run():
+            first, *others = [asyncio.create_task(engine.generate(prompt, sampling, "a")) for _ in range(4)]
+            while engine.sampled_tokens < 3:
+                await asyncio.sleep(0)
+            first.cancel()
+            assert [(c.ids, c.logprobs) for c in await asyncio.gather(*others)] == 3 * [(alone.ids, alone.logprobs)]
+            assert engine.sampled_tokens == 3 + len(alone.ids)
+            shorter = await engine.generate(prompt, Sampling(4, temperature=0.0), "a")
+            assert shorter.ids == alone.ids[:4]
+            engine.update("a", _model(3))
+            assert (await engine.generate(prompt, sampling, "a")).ids != alone.ids
+
+    asyncio.run(run())
+
+
 def test_the_seed_alone_decides_the_draw() -> None:
     model = _model(2)
     request = (_prompt(0, 9), Sampling(24, seed=11))

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -14,15 +15,16 @@ def drawn(split: Split) -> list[str]:
 
 
 def test_splits_share_no_text_but_every_stem_in_both_places():
-    train, heldout = set(drawn("train")), set(drawn("heldout"))
-    alone = {text for text in train if " " not in text}
-    assert alone == set(STEMS)
-    train -= alone
-    assert not train & heldout
-    assert len(train | heldout) == len(STEMS) ** 2
-    for texts in (train, heldout):
+    train, heldout = ([tuple(text.split(" ")) for text in drawn(split)] for split in ("train", "heldout"))
+    assert {text for text in train if len(text) == 1} == {(stem,) for stem in STEMS}
+    assert {len(text) for text in train} == {1, 2, 3}
+    beside, held = ({pair for text in texts for pair in itertools.pairwise(text)} for texts in (train, heldout))
+    assert not beside & held
+    assert len(beside | held) == len(STEMS) ** 2
+    assert {len(text) for text in heldout} == {2}
+    for pairs in (beside, held):
         for place in (0, 1):
-            assert {text.split(" ")[place] for text in texts} == set(STEMS)
+            assert {pair[place] for pair in pairs} == set(STEMS)
 
 
 @pytest.mark.parametrize("font", lettering._FONTS)

@@ -31,7 +31,7 @@ def test_every_example_is_small_and_its_answer_is_right(task: str, split: Split)
         assert VISION_TASKS[task].score(example.answer, json.loads(json.dumps(example.gold))) == pytest.approx(1)
         assert len(example.question.split()) <= 8
         for side in pixels(example).shape[-3:-1]:
-            assert side in (32, 48, 64, 80)
+            assert side in (32, 48, 64, 80, 96)
         if isinstance(example.media, Clip):
             assert len(example.media.frames) % 4 == 0
 
@@ -55,7 +55,7 @@ def test_the_seed_decides_everything(task: str):
 )
 def test_text_that_does_not_parse_scores_nothing(task: str, text: str):
     for example in examples(task, 2, 5):
-        assert VISION_TASKS[task].score(text, example.gold) <= (0.4 if task == "ocr" else 0)
+        assert VISION_TASKS[task].score(text, example.gold) <= (0.5 if task == "ocr" else 0)
 
 
 def test_scores_by_hand():

@@ -20,6 +20,7 @@ from baltoro.model.kimi import KimiK25
 from baltoro.model.layers import Linear
 from baltoro.model.moe import Experts
 from baltoro.serve.lane import Lane, MediaNames, Request
+from baltoro.serve.pages import Key
 
 
 def snapshot(model: KimiK25) -> KimiK25:
@@ -39,6 +40,12 @@ class _Ticket:
     drawn: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     weight_version: int | None = None  # of the finished turn; None when the engine stopped before
+
+
+_REMEMBERED = 4096
+"""Greedy completions that are kept."""
+_Greedy = tuple[int, int, tuple[Key, ...]]
+"""Lane, most tokens, prompt."""
 
 
 class LocalEngine:
@@ -67,6 +74,9 @@ class LocalEngine:
         lanes: dict[int, Lane] = {}
         self._lanes: dict[str, Lane] = {}
         self._tickets: dict[Request, _Ticket] = {}
+        self._greedy: dict[_Greedy, Completion] = {}
+        self._asked: dict[_Greedy, asyncio.Event] = {}  # of greedy completions that are being computed
+        self._running = False
         for role, model in models.items():
             if id(model) not in lanes:
                 lanes[id(model)] = Lane(
@@ -96,18 +106,39 @@ class LocalEngine:
         lane = self._lanes[role]
         assert not any(r.logprobs for r in lane.waiting)
         lane.forget()
+        self._greedy.clear()
         for old, new in zip(_tensors(lane.model), _tensors(model), strict=True):
             old.copy_(new)
         self.weight_version += 1
 
     async def generate(self, prompt: TokenSequence, sampling: Sampling, role: str) -> Completion:
         """Raises ValueError when prompt and completion cannot fit or media are missing, KeyError for a role that has no
-        model, RuntimeError when the engine stops before the completion ends."""
-        with self._enter(self._request(prompt, sampling, role), role) as ticket:
+        model, RuntimeError when the engine stops before the completion ends.
+
+        A greedy completion is computed once for all who ask for it before the next update: the rollouts of a group give
+        frozen subagents the same subtasks, and an evaluation under several budgets asks the same agents."""
+        request = self._request(prompt, sampling, role)
+        if sampling.temperature > 0:
+            return await self._complete(request, role)
+        key = id(self._lanes[role]), sampling.max_tokens, tuple(request.keys)
+        while key in self._asked:
+            await self._asked[key].wait()  # whoever asked first may have been cancelled
+        if key not in self._greedy:
+            self._asked[key] = asyncio.Event()
+            try:
+                completion = await self._complete(request, role)
+            finally:
+                self._asked.pop(key).set()
+            if len(self._greedy) == _REMEMBERED:
+                del self._greedy[next(iter(self._greedy))]
+            self._greedy[key] = completion
+        return self._greedy[key]
+
+    async def _complete(self, request: Request, role: str) -> Completion:
+        with self._enter(request, role) as ticket:
             await ticket.ended.wait()
             if ticket.weight_version is None:
                 raise RuntimeError("the engine stopped")
-            request = ticket.request
             reason = "stop" if request.tokens[-1] == self.tokenizer.im_end else "length"
             return Completion(request.ids, request.logprobs, reason, ticket.weight_version)
 
@@ -137,6 +168,8 @@ class LocalEngine:
 
     @contextlib.contextmanager
     def _enter(self, request: Request, role: str) -> Iterator[_Ticket]:
+        if not self._running:
+            raise RuntimeError("the engine stopped")
         lane = self._lanes[role]
         ticket = self._tickets[request] = _Ticket(request)
         lane.enter(request)
@@ -152,9 +185,11 @@ class LocalEngine:
         self._wake = asyncio.Event()  # it belongs to the event loop of this run
         async with asyncio.TaskGroup() as group:
             driver = group.create_task(self._drive())
+            self._running = True
             try:
                 yield
             finally:
+                self._running = False
                 driver.cancel()
                 for ticket in self._tickets.values():
                     ticket.ended.set()

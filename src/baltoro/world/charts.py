@@ -60,7 +60,7 @@ def sample_chart(rng: random.Random, split: Split) -> Chart:
     for slot, colour in enumerate(colours):
         taken = {bar.height for bar in bars}
         free = [h for h in range(1, MAX_HEIGHT + 1) if h not in taken and in_split(split, colour, h, slot)]
-        if not free:  # a held-out colour and slot have three heights, and the three bars before may have them all
+        if not free:  # a held-out colour and slot have one height or two, and the bars before may have them
             return sample_chart(rng, split)
         bars.append(Bar(COLOUR_NAMES[colour], rng.choice(free)))
     return Chart(tuple(bars))

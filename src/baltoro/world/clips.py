@@ -1,8 +1,7 @@
 """Clips of one shape: it moves (4 frames), or it appears, vanishes or changes colour (8 frames at 1 fps).
 
-Splits. Motion: the entity is (colour, shape, ground, direction), one in seven held out, so that what is seen of the
-others in training tells nothing of its direction. Event: the entity is (colour, shape, kind, second), one in three held
-out.
+Splits. Motion: the entity is (colour, shape, ground, direction). Event: the entity is (colour, shape, kind, second).
+`held_out` divides both.
 """
 
 import random
@@ -52,7 +51,7 @@ def sample_motion(rng: random.Random, split: Split) -> Motion:
     while True:
         colour, shape = rng.randrange(len(COLOUR_NAMES)), rng.randrange(len(SHAPES))
         ground, direction = rng.randrange(len(GROUNDS)), rng.randrange(len(names))
-        if in_split(split, colour, shape, ground, direction, one_in=7):
+        if in_split(split, colour, shape, ground, direction):
             return Motion(COLOUR_NAMES[colour], SHAPES[shape], GROUNDS[ground], names[direction])
 
 

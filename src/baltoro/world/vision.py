@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from baltoro.chat.messages import Clip, Image
@@ -101,14 +101,15 @@ def _count(rng: random.Random, split: Split) -> VisionExample:
     def counted(kind: Kind) -> bool:
         return kind[1] == shape if by_shape else kind[0] == colour
 
-    # Both numbers are fixed before any placing, so that what fits does not shift the answers; and all pictures are of
-    # the roomy kind, so that their size does not tell them.
+    # Both numbers and the picture's size are fixed before any placing, so that what fits does not shift the answers;
+    # and all pictures are of the roomy kind, so that their size does not tell them.
     count, others = rng.randint(1, _MAX_COUNT), rng.randint(0, _MAX_OTHERS)
+    room = replace(CROWD, sides=(rng.choice(CROWD.sides),))
     scene = None
     while scene is None:
         kinds = [_other(rng, counted) for _ in range(count)]
         kinds += [_other(rng, lambda kind: not counted(kind)) for _ in range(others)]
-        scene = place(rng, split, CROWD, kinds)
+        scene = place(rng, split, room, kinds)
     what = ("crosses" if shape == "cross" else f"{shape}s") if by_shape else f"{colour} objects"
     question = rng.choice((f"how many {what}?", f"count the {what}", f"number of {what}?"))
     return VisionExample("count", scene.render(), question, str(count), count, scene.caption())
