@@ -8,6 +8,8 @@ from baltoro.model.init import induction_heads, initialise
 from baltoro.model.kimi import Batch, KimiK25
 from baltoro.model.packed import Segments
 
+LABELS = range(2020, 2040)
+
 
 def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
     """Share of right predictions on the second half of sequences that are the same random tokens twice, from the third
@@ -16,7 +18,7 @@ def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
     model = KimiK25(config, media_pad=0)
     initialise(model, generator)
     if wired:
-        induction_heads(model, generator)
+        induction_heads(model, LABELS, generator)
     model.eval().requires_grad_(False)
     once = torch.randint(1, config.text.vocab_size, (4, half), generator=generator)
     ids = torch.cat([once, once], 1)
@@ -30,17 +32,17 @@ def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
 def test_untrained_induction_heads_see_a_repetition(half: int, yarn: Yarn | None) -> None:
     """Before any training; without the circuit nothing but chance."""
     config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, yarn=yarn))
-    assert _second_half(config, wired=True, half=half) > 0.99
+    assert _second_half(config, wired=True, half=half) > 0.98
     assert _second_half(config, wired=False, half=half) < 0.02
 
 
 def test_untrained_induction_heads_follow_the_longest_match() -> None:
-    """The last token occurred twice, with other successors; the tokens before it decide, up to four."""
+    """The last token occurred twice, with other successors; the tokens before it decide, up to three."""
     config = NANO
     generator = torch.Generator().manual_seed(1)
     model = KimiK25(config, media_pad=0)
     initialise(model, generator)
-    induction_heads(model, generator)
+    induction_heads(model, LABELS, generator)
     model.eval().requires_grad_(False)
     right = 0
     for _ in range(20):
@@ -55,7 +57,7 @@ def test_untrained_induction_heads_follow_the_longest_match() -> None:
 def test_induction_heads_need_a_fitting_layout() -> None:
     config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, v_head_dim=16))
     with pytest.raises(ValueError, match="v_head_dim"):
-        induction_heads(KimiK25(config, media_pad=0), torch.Generator())
+        induction_heads(KimiK25(config, media_pad=0), LABELS, torch.Generator())
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:

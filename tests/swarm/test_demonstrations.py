@@ -77,12 +77,12 @@ def returns(prompt: str) -> list[str]:
 def reads_its_page(prompt: str) -> str:
     """A subagent that works from what it sees alone: the row to fill in, the name, the hits, the page."""
     instruction, name = (part.split("<|im_end|>")[0] for part in prompt.split("<|im_middle|>")[1:3])
-    columns, name = instruction.removeprefix("Fill in name|").split("|"), name.split("->")[1].split("|")[0]
+    columns, name = instruction.removeprefix("Fill in name|").split("|"), name.split("|")[0]
     found = returns(prompt)
     if not found:
-        return completion_text(calls=[("search", {"query": name})])
+        return completion_text(calls=[("search", {"query": name[1:]})])
     if len(found) == 1:
-        [url] = [line for line in found[0].split("\n") if line == name]
+        [url] = [line for line in found[0].split("\n") if line == name[1:]]
         return completion_text(calls=[("open", {"url": url})])
     facts = dict(line.removeprefix("|").split("=", 1) for line in found[1].split("\n")[1:])
     return completion_text("|".join([name, *(f"{column}={facts[column]}" for column in columns)]))
@@ -91,7 +91,7 @@ def reads_its_page(prompt: str) -> str:
 def asked(messages: Sequence[Message], world: World) -> WideSearch:
     """The task that the demonstration's user states, with gold answers from the world."""
     head, *lines = messages[1].text.split("\n")
-    names = lines[1::2]  # a number stands before each
+    names = [line[1:] for line in lines]  # a label stands before each
     columns = tuple(head.removeprefix(f"Find {len(names)} rows name|").split("|"))
     facts = {entity.name: entity.attributes for kind in world.kinds for entity in kind.entities}
     return WideSearch(tuple(names), columns, {name: {c: facts[name][c] for c in columns} for name in names})
@@ -221,17 +221,16 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
     form = re.compile(r"Fill in name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
         assert form.fullmatch(messages[0].text)
-        assert re.fullmatch(r"\d+->[^|\n]+\|\d+", messages[1].text)
+        assert re.fullmatch(r"[①-⑯][^|\n]+\|\d+", messages[1].text)
     for messages in drawn(experts, "orchestrator", 20):
         create, *_ = messages[2].tool_calls
         asked_for, *lines = messages[1].text.split("\n")
-        names = lines[1::2]
-        instruction = asked_for.replace(f"Find {len(names)} rows", "Fill in")
+        instruction = asked_for.replace(f"Find {len(lines)} rows", "Fill in")
         assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{instruction}"}}'
         assigned = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
         assert [call.arguments for call in assigned] == [
-            f'{{"agent":"{SUBAGENT}","prompt":"{i + 1}->{name}|{len(names) - i}"}}'
-            for i, name in enumerate(names[: len(assigned)])
+            f'{{"agent":"{SUBAGENT}","prompt":"{line}|{len(lines) - i}"}}'
+            for i, line in enumerate(lines[: len(assigned)])
         ]
 
 
@@ -315,7 +314,7 @@ def test_an_answer_holds_what_was_seen_and_nothing_else(experts: list[Demonstrat
         world = experts[seed % len(experts)].world
         final = messages[-1].text
         if final == "not found":
-            assert messages[1].text.split("->")[-1].split("|")[0] not in {
+            assert messages[1].text[1:].split("|")[0] not in {
                 document.title for document in world.documents
             }
             continue

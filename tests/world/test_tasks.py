@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from baltoro.score.table import parse_table
 from baltoro.world.entities import World
-from baltoro.world.tasks import WideSearch, closed, row, wide_search
+from baltoro.world.tasks import WideSearch, closed, label, row, wide_search
 
 WORLDS = [World(seed, split) for seed in range(4) for split in ("train", "heldout")]
 IMPLIED_WIDTH = re.compile(r"parallel|concurren|simultan|at once|split|together|same time|batch|all at|divide", re.I)
@@ -52,7 +52,7 @@ def test_every_size_and_every_kind_is_asked_for() -> None:
 def test_the_prompt() -> None:
     gold = {"Bel Stanby": {"age": "20", "metal": "abnel"}, "Ok Rudton": {"age": "31", "metal": "tuvey"}}
     task = WideSearch(("Bel Stanby", "Ok Rudton"), ("metal", "age"), gold)
-    assert task.prompt == "Find 2 rows name|metal|age\n1\nBel Stanby\n2\nOk Rudton"
+    assert task.prompt == "Find 2 rows name|metal|age\n①Bel Stanby\n②Ok Rudton"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -60,22 +60,28 @@ def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> No
     task = wide_search(random.Random(seed), WORLDS[seed % len(WORLDS)], 8, 16)
     first, *lines = task.prompt.split("\n")
     assert not IMPLIED_WIDTH.search(first)  # behind it are names, which may be any words
-    assert tuple(lines[1::2]) == task.names
-    assert lines[::2] == [str(i + 1) for i in range(len(task.names))]
+    assert tuple(line[1:] for line in lines) == task.names
+    assert "".join(line[0] for line in lines) == "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯"[: len(task.names)]
     assert first == f"Find {len(task.names)} rows name|{'|'.join(task.columns)}"
 
 
-def test_a_table_is_closed_by_a_number_that_its_task_has_not() -> None:
-    assert closed(["Bel Stanby|age=20", "Ok Rudton|age=31"]) == "1\nBel Stanby|age=20\n2\nOk Rudton|age=31\n3"
-    assert closed([]) == "1"
+def test_a_table_is_closed_by_a_label_that_its_task_has_not() -> None:
+    assert closed(["①Bel Stanby|age=20", "②Ok Rudton|age=31"]) == "①Bel Stanby|age=20\n②Ok Rudton|age=31\n③"
+    assert closed([]) == "①"
     task = wide_search(random.Random(1), WORLDS[0], 8, 16)
-    *_, last = closed([row(name, task.gold[name], task.columns) for name in task.names]).split("\n")
-    assert last not in task.prompt.split("\n")
-    table = parse_table(closed([row(name, task.gold[name], task.columns) for name in task.names]), task.columns)
-    assert table == task.gold
+    text = closed([row(i, name, task.gold[name], task.columns) for i, name in enumerate(task.names, 1)])
+    assert text.split("\n")[-1] not in task.prompt
+    assert parse_table(text, task.columns) == task.gold
+
+
+def test_rows_without_a_label_are_refused() -> None:
+    assert label(20) == "⑳"
+    for number in (0, 21):
+        with pytest.raises(ValueError, match=f"row {number}"):
+            label(number)
 
 
 def test_a_row() -> None:
-    assert row("Bel Stanby", {"age": "20", "metal": "abnel", "x": "?"}, ("metal", "age")) == (
-        "Bel Stanby|metal=abnel|age=20"
+    assert row(7, "Bel Stanby", {"age": "20", "metal": "abnel", "x": "?"}, ("metal", "age")) == (
+        "⑦Bel Stanby|metal=abnel|age=20"
     )

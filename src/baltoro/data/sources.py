@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from baltoro.chat.media import MediaSpec
 from baltoro.chat.messages import Message, TokenSequence, assistant, user
@@ -10,11 +10,10 @@ from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
-from baltoro.world.tasks import closed, numbered, row, template
+from baltoro.world.tasks import closed, label, numbered, row, template
 from baltoro.world.vision import VISION_TASKS, VisionTask
 
 _VISION = list(VISION_TASKS.values())
-_DESCRIBED = [VISION_TASKS[name] for name in ("box", "count", "chart", "ocr", "digit", "motion", "event")]
 
 
 class Sources:
@@ -39,26 +38,28 @@ class Sources:
         it fills in, a table's rows in the order of a numbered list, a numbered list and its copy. Only the second time
         is a target, for only then the text is known."""
         kind = rng.choice(world.kinds)
-        chosen = rng.sample(kind.entities, rng.randint(2, 16))
+        chosen = list(enumerate(rng.sample(kind.entities, rng.randint(2, 16)), 1))
         form = rng.random()
         parts: list[tuple[list[str], list[str]]] = []
         if form < 0.1:
-            page = chosen[0].page.split("\n")
+            page = chosen[0][1].page.split("\n")
             parts = [(page, rng.sample(page[1:], len(page) - 1))]
         elif form < 0.5:
-            parts = [([chosen[0].page], [])]
-            name = chosen[0].name
+            _, entity = chosen[0]
+            parts = [([entity.page], [])]
             for _ in range(6):
+                number = rng.randint(1, 16)
+                name = f"{label(number)}{entity.name}"
                 columns = rng.sample(kind.keys, rng.randint(2, len(kind.keys)))
                 blank = [template(name, columns)] if rng.random() < 0.5 else [template("name", columns), name]
-                parts.append((blank, [row(name, chosen[0].attributes, columns)]))
+                parts.append((blank, [row(number, entity.name, entity.attributes, columns)]))
         elif form < 0.95:
             columns = rng.sample(kind.keys, rng.randint(1, 3))
-            rows = [row(e.name, e.attributes, columns) for e in chosen]
-            parts = [([numbered(e.name for e in chosen), *rng.sample(rows, len(rows))], [closed(rows)])]
+            rows = [row(number, e.name, e.attributes, columns) for number, e in chosen]
+            parts = [([numbered(e.name for _, e in chosen), *rng.sample(rows, len(rows))], [closed(rows)])]
         else:
-            names = [e.name for e in chosen]
-            parts = [([numbered(names)], [closed(names)])]
+            rows = numbered(e.name for _, e in chosen).split("\n")
+            parts = [(rows, [closed(rows)])]
         ids: list[int] = []
         mask: list[int] = []
         for lines, target in ((lines, target) for part in parts for target, lines in enumerate(part)):
@@ -71,8 +72,8 @@ class Sources:
 
     def caption(self, rng: random.Random) -> TokenSequence:
         """Picture or clip -> its full description (alt text, boxes, lettering), with nothing around them: what the
-        vision tower learns from. Every kind of picture for equally many tokens."""
-        (task,) = rng.choices(_DESCRIBED, self._caption_odds)
+        vision tower learns from. Every family for equally many tokens."""
+        (task,) = rng.choices(_VISION, self._caption_odds)
         return self._caption(rng, task)
 
     def question(self, rng: random.Random) -> TokenSequence:
@@ -98,14 +99,14 @@ class Sources:
 
     @functools.cached_property
     def _caption_odds(self) -> list[float]:
-        return _odds(self._caption, _DESCRIBED)
+        return _odds(self._caption)
 
     @functools.cached_property
     def _question_odds(self) -> list[float]:
-        return _odds(self._question, _VISION)
+        return _odds(self._question)
 
 
-def _odds(make: Callable[[random.Random, VisionTask], TokenSequence], tasks: Sequence[VisionTask]) -> list[float]:
+def _odds(make: Callable[[random.Random, VisionTask], TokenSequence]) -> list[float]:
     """How often to draw each, so that all come to equally many tokens."""
     rng = random.Random(0)
-    return [1 / sum(len(make(rng, task).ids) for _ in range(32)) for task in tasks]
+    return [1 / sum(len(make(rng, task).ids) for _ in range(32)) for task in _VISION]

@@ -6,6 +6,8 @@ into the heads of the first two layers; training is free to change it. The repor
 such thing (deviation, `docs/fidelity.md`).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,21 +39,27 @@ _OUT_SIZE = 3.0
 _BRANCH_SCALE = 0.01
 _ROPE_PAIRS = 6
 _OFFSET = 0.7
-_CONTEXT = 4
+_CONTEXT = 3
+_LABEL_LOGIT = 40.0
+_SURE = 1.5
+_RECENT_PAIRS, _RECENT_LOGIT = 5, 3.0
 
 
 @torch.no_grad()
-def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
-    """Wire the circuit into a model fresh from `initialise`.
+def induction_heads(model: KimiK25, labels: Sequence[int], generator: torch.Generator) -> None:
+    """Wire the circuit into a model fresh from `initialise`. labels: the tokens that begin rows of lists and tables, so
+    that rows that are alike for longer than the circuit looks back can be told apart.
 
-    The residual stream is divided: half holds the token, one direction is the same everywhere, the rest is _CONTEXT
-    slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant direction) and write
-    a code of its token into slot o. Layer 1, head n: attend to places behind the same n + 1 tokens as the last ones
-    here, and write the token of that place, which lm_head (begun as a copy of the embedding) predicts. The longer
-    match is the rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >= hidden_size / 4 and
-    kv_lora_rank >= hidden_size.
+    The residual stream is divided: half holds the token, one direction is the same everywhere, one marks labels, the
+    rest is _CONTEXT + 1 slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant
+    direction) and write a code of its token into slot o; the last head does so for the label seen last, wherever it
+    stands. Layer 1, head n: attend to places behind the same n + 1 tokens as the last ones here, the last head also
+    behind the same label, and write the token of that place, which lm_head (begun as a copy of the embedding)
+    predicts. The longer match is the rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >=
+    hidden_size / 4 and kv_lora_rank >= hidden_size.
     """
     text = model.config.text
+    count = _CONTEXT + 1
     dim, nope = text.hidden_size, text.qk_nope_head_dim
     if text.q_lora_rank is not None or text.kv_lora_rank < dim or text.v_head_dim != nope or 4 * nope < dim:
         raise ValueError(
@@ -62,15 +70,17 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
         if "o_proj" in name or "down_proj" in name:
             p.mul_(_BRANCH_SCALE)
     half = dim // 2
-    code = (half - 1) // _CONTEXT
+    code = (half - 2) // count
     basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].T
-    token, constant, slots = basis[:half], basis[half], basis[half + 1 :][: _CONTEXT * code].view(_CONTEXT, code, dim)
+    token, constant, label = basis[:half], basis[half], basis[-1]
+    slots = basis[half + 1 :][: count * code].view(count, code, dim)
 
     embedding = model.language_model.model.embed_tokens.weight
     embedding.copy_(embedding @ token.T @ token)
     embedding.div_(embedding.norm(dim=-1, keepdim=True))
     model.language_model.lm_head.weight.copy_(embedding)
     embedding += constant * _OFFSET
+    embedding[torch.tensor(labels, dtype=torch.int64)] += label
     first, second = [module for module in model.modules() if isinstance(module, MLA)][:2]
 
     # A normed input has norm sqrt(dim); its token and constant components follow from the sizes above.
@@ -78,43 +88,54 @@ def induction_heads(model: KimiK25, generator: torch.Generator) -> None:
     kv_a, kv_b, q, out = _views(first)
     kv_a.zero_()
     kv_a[:code] = token[:code]
-    for h in range(_CONTEXT):
+    kv_a[code] = label * (3 * (code / half) ** 0.5)  # thrice a label's code: so all labels have nearly one norm
+    frequencies = model.language_model.model.inv_freq.tolist()
+    strength = (_POSITION_LOGIT / first.scale) ** 0.5 / (unit * _OFFSET)
+    for pair in range(_ROPE_PAIRS + _RECENT_PAIRS):
+        kv_a[text.kv_lora_rank + 2 * pair] = constant * strength
+    for h in range(count):
         q[h] = 0
         kv_b[h] = 0
         kv_b[h, nope : nope + code, :code] = torch.eye(code)
         out[:, h] = 0
         # The latent norm leaves a vector of norm sqrt(kv_lora_rank).
-        out[:, h, :code] = slots[h].T * (_SLOT_SIZE / _CONTEXT**0.5 / text.kv_lora_rank**0.5)
-    strength = (_POSITION_LOGIT / first.scale) ** 0.5 / (unit * _OFFSET)
-    for pair, frequency in enumerate(model.language_model.model.inv_freq[:_ROPE_PAIRS].tolist()):
-        kv_a[text.kv_lora_rank + 2 * pair] = constant * strength
-        for h in range(_CONTEXT):
-            angle = torch.tensor((h + 1) * frequency)
+        out[:, h, :code] = slots[h].T * (_SLOT_SIZE / count**0.5 / text.kv_lora_rank**0.5)
+    for h in range(_CONTEXT):
+        for pair in range(_ROPE_PAIRS):
+            angle = torch.tensor((h + 1) * frequencies[pair])
             q[h, nope + 2 * pair] = constant * strength * angle.cos()
             q[h, nope + 2 * pair + 1] = -constant * strength * angle.sin()
+    # The last head: labels before everything else, and of these the nearest, by slow turns that fall off with distance.
+    out[:, _CONTEXT] *= 10**0.5
+    kv_b[_CONTEXT, 0, code] = 1
+    q[_CONTEXT, 0] = constant * (_LABEL_LOGIT / first.scale / (0.9 * text.kv_lora_rank) ** 0.5 / (unit * _OFFSET))
+    for pair in range(_ROPE_PAIRS, _ROPE_PAIRS + _RECENT_PAIRS):
+        q[_CONTEXT, nope + 2 * pair] = constant * strength * (_RECENT_LOGIT / _POSITION_LOGIT)
 
     unit = dim**0.5 / (1 + _OFFSET**2 + _SLOT_SIZE**2) ** 0.5
     kv_a, kv_b, q, out = _views(second)
-    kv_a[: _CONTEXT * code] = slots.flatten(0, 1)
-    kv_a[_CONTEXT * code :] *= _BRANCH_SCALE
+    kv_a[: count * code] = slots.flatten(0, 1)
+    kv_a[count * code :] *= _BRANCH_SCALE
     kv_a[half : 2 * half] = token
     # Norms, behind the latent norm, of one slot and of the token.
     latent = text.kv_lora_rank**0.5 / (1 + _SLOT_SIZE**2) ** 0.5
-    slot = _SLOT_SIZE / _CONTEXT**0.5
-    for n in range(_CONTEXT):
+    slot = _SLOT_SIZE / count**0.5
+    # What the slots of the next place hold, as this place sees it.
+    here = [token[:code] * (slot * (half / code) ** 0.5), *slots[: _CONTEXT - 1], slots[_CONTEXT]]
+    for n in range(count):
         q[n] = 0
         kv_b[n] = 0
         out[:, n] = 0
         width = min(code, nope // (n + 1))
+        gain = (_MATCH_LOGIT / second.scale * code / width) ** 0.5
         for part in range(n + 1):
             place = slice(part * width, (part + 1) * width)
-            seen = slots[part - 1] if part else token[:code] * (slot * (half / code) ** 0.5)
-            gain = (_MATCH_LOGIT / second.scale * code / width) ** 0.5
-            q[n, place] = seen[:width] * (gain / (unit * slot))
+            q[n, place] = here[part][:width] * (gain / (unit * slot))
             kv_b[n, place, part * code : part * code + width] = torch.eye(width) * (gain / (latent * slot))
-        shown = torch.arange(nope) + n * (half - nope) // max(_CONTEXT - 1, 1)
+        size = _OUT_SIZE * (_SURE if n == _CONTEXT else 1)
+        shown = torch.arange(nope) + n * (half - nope) // max(count - 1, 1)
         kv_b[n, nope + torch.arange(nope), half + shown] = 1
-        out[:, n] = token[shown].T * (_OUT_SIZE / latent * (half / nope) ** 0.5)
+        out[:, n] = token[shown].T * (size / latent * (half / nope) ** 0.5)
 
 
 def _views(attn: MLA) -> tuple[Tensor, Tensor, Tensor, Tensor]:

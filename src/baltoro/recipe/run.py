@@ -29,6 +29,7 @@ from baltoro.train.state import read_progress
 from baltoro.world.corpora import folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
+from baltoro.world.tasks import LABELS
 
 LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
@@ -90,7 +91,8 @@ class Run:
         generator = torch.Generator().manual_seed(self.config.seed)
         initialise(model, generator)
         if induction:
-            induction_heads(model, generator)
+            labels = [self.tokenizer.encode(label)[-1] for label in LABELS]
+            induction_heads(model, labels, generator)
         return model
 
     def descend(

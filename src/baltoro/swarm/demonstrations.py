@@ -9,7 +9,7 @@ from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_res
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
-from baltoro.world.tasks import closed, row, template, wide_search
+from baltoro.world.tasks import closed, label, row, template, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
@@ -25,15 +25,14 @@ print(*(round(v * 32 / s) for v, s in ((x.min(), w), (y.min(), h), (x.max() + 1,
 
 
 def subagent_prompt(columns: Sequence[str]) -> str:
-    """The row to be filled in; its task is a name."""
+    """The row to be filled in; its task is a label and a name."""
     return f"Fill in {template('name', columns)}"
 
 
 def subtask(number: int, name: str, left: int) -> str:
-    """The row's number in the list, its name, and how many rows are still to be given out, this one included: at 1
-    the orchestrator stops. What it looks up or decides by stands within the last tokens, as far as a model this small
-    sees; the arrow lets the name begin with the same token as in the list."""
-    return f"{number}->{name}|{left}"
+    """The row as the list has it, and how many are still to be given out, this one included: at 1 the orchestrator
+    stops. What it looks up or decides by stands within the last tokens, as far as a model this small sees."""
+    return f"{label(number)}{name}|{left}"
 
 
 class Demonstrator:
@@ -60,7 +59,7 @@ class Demonstrator:
         self._open(messages, 1, name)
         if rng.random() < 0.25:
             messages.append(user(NOTICE))  # its last turn may be announced
-        return [*messages, assistant(row(name, task.gold[name], task.columns))]
+        return [*messages, assistant(row(number, name, task.gold[name], task.columns))]
 
     def single(self, rng: random.Random, low: int, high: int) -> list[Message]:
         """Entity after entity; the reasoning notes what was found and what comes next. Sometimes told to answer before
@@ -69,20 +68,20 @@ class Demonstrator:
         messages = [system(SINGLE_PROMPT), user(task.prompt)]
         notes: list[str] = []
         cut = rng.randrange(2 * len(task.names)) if rng.random() < 0.3 else None
-        note = "1\n"
+        note = ""
         for i, name in enumerate(task.names):
-            self._search(messages, 2 * i, name, f"{note}{template(name, task.columns)}")
+            self._search(messages, 2 * i, name, f"{note}{label(i + 1)}{template(name, task.columns)}")
             note = ""
             if cut == 2 * i:
                 break
             self._open(messages, 2 * i + 1, name)
-            notes.append(row(name, task.gold[name], task.columns))
-            note = f"{notes[-1]}\n{i + 2}\n"
+            notes.append(row(i + 1, name, task.gold[name], task.columns))
+            note = f"{notes[-1]}\n"
             if cut == 2 * i + 1:
                 break
         if cut is not None:
             messages.append(user(NOTICE))
-        return [*messages, assistant(closed(notes), reasoning=note.strip())]
+        return [*messages, assistant(closed(notes), reasoning=f"{note}{label(len(notes) + 1)}" if note else "")]
 
     def orchestrator(
         self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
@@ -103,12 +102,12 @@ class Demonstrator:
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
                 prompt = subtask(i, name, len(task.names) + 1 - i)
                 calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=prompt))
-                results.append(tool_result(calls[-1].id, row(name, task.gold[name], task.columns)))
+                results.append(tool_result(calls[-1].id, row(i, name, task.gold[name], task.columns)))
             messages += [assistant(tool_calls=tuple(calls)), *results]
             calls, results = [], []
         if len(names) < len(task.names):
             messages.append(user(NOTICE))
-        return [*messages, assistant(closed([row(n, task.gold[n], task.columns) for n in names]))]
+        return [*messages, assistant(closed([row(i, n, task.gold[n], task.columns) for i, n in enumerate(names, 1)]))]
 
     def pixels(self, rng: random.Random) -> list[Message]:
         """An image operation as code, on a picture that is named but never shown (zero-vision SFT, 2.2): find an object

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from baltoro.chat.messages import Message
 from baltoro.world.corpora import Corpus
 from baltoro.world.names import FIRST, LAST, WORDS
+from baltoro.world.tasks import LABELS
 from baltoro.world.vision import VISION_TASKS
 
 
@@ -23,6 +24,7 @@ def lexicon(dialogues: Sequence[Sequence[Message]], corpus: Corpus, rng: random.
         yield "\n".join(FIRST)
         yield " " + " ".join((*LAST, *WORDS))
         yield " ".join(map(str, range(100)))
+        yield "\n".join(LABELS)
     for task in VISION_TASKS.values():
         for _ in range(60):
             example = task.sample(rng, "train")

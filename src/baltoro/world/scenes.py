@@ -170,7 +170,7 @@ _OPEN_CELLS: dict[tuple[Split, str, str, Colour], list[tuple[int, int]]] = {
     for g, ground in enumerate(GROUNDS)
 }
 
-SMALLEST = 12
+SMALLEST = 16
 """Least side of an object, in pixels."""
 
 
@@ -184,7 +184,7 @@ class Room:
 
 ALONE = Room((32, 48, 64), 1 / 2)
 FEW = Room((48, 64), 1 / 3)
-CROWD = Room((64, 80), 1 / 5)
+CROWD = Room((64, 80), 1 / 4)
 
 
 def place(rng: random.Random, split: Split, room: Room, kinds: Sequence[tuple[str, str]]) -> Scene | None:

@@ -33,16 +33,26 @@ def wide_search(rng: random.Random, world: World, low: int, high: int, columns: 
     return WideSearch(tuple(gold), keys, gold)
 
 
+LABELS = "".join(map(chr, range(ord("①"), ord("⑳") + 1)))
+
+
+def label(number: int) -> str:
+    """What row `number` of a list or a table begins with, wherever it stands: a circled number. It is one token, and no
+    letters join it, so that the name behind it is the same tokens as elsewhere."""
+    if not 1 <= number <= len(LABELS):
+        raise ValueError(f"no label for row {number}: a table has at most {len(LABELS) - 1} rows and one that closes it")
+    return LABELS[number - 1]
+
+
 def numbered(lines: Iterable[str]) -> str:
-    """Each line behind its number, which stands on a line of its own: so every line begins as it does elsewhere, and is
-    the same tokens."""
-    return "\n".join(f"{number}\n{line}" for number, line in enumerate(lines, 1))
+    """A line each, behind its label."""
+    return "\n".join(f"{label(number)}{line}" for number, line in enumerate(lines, 1))
 
 
 def closed(rows: Sequence[str]) -> str:
-    """Numbered rows, and the number behind the last with nothing behind it: the task's list has no such number, so the
-    table ends there by looking it up, and not by counting."""
-    return numbered((*rows, "")).removesuffix("\n")
+    """Rows, which have their labels, and the next label with nothing behind it: the task's list has no such label, so
+    the table ends there by looking it up, and not by counting."""
+    return "\n".join((*rows, label(len(rows) + 1)))
 
 
 def template(name: str, columns: Sequence[str]) -> str:
@@ -50,7 +60,7 @@ def template(name: str, columns: Sequence[str]) -> str:
     return "|".join((name, *columns))
 
 
-def row(name: str, values: dict[str, str], columns: Sequence[str]) -> str:
-    """One line of a table: `name|column=value|column=value`. Sign and word are one token, so that what follows a column
+def row(number: int, name: str, values: dict[str, str], columns: Sequence[str]) -> str:
+    """One line of a table: `②name|column=value|column=value`. Sign and word are one token, so that what follows a column
     follows it in the page as well: a value is found by its column alone, and a row goes on by its last two tokens."""
-    return name + "".join(f"|{column}={values[column]}" for column in columns)
+    return label(number) + name + "".join(f"|{column}={values[column]}" for column in columns)
