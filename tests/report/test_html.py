@@ -62,7 +62,7 @@ def trace(role: str, opening: list[Message], turns: list[Turn]) -> Trace:
 
 
 def line(name: str) -> str:
-    return row(name, GOLD[name], ("age", "colour"))
+    return row(NAMES.index(name) + 1, name, GOLD[name], ("age", "colour"))
 
 
 def subagent(name: str, at: float, rng: np.random.Generator, extra: int = 0) -> Trace:
@@ -90,8 +90,8 @@ def swarm(rng: np.random.Generator) -> Trace:
         turns.append(clock.turn(assistant(tool_calls=calls), *results, children=children))
     # 24 cells: one wrong value, one row of two cells left out, one cell that nobody asked for.
     table = [line(name) for name in NAMES[:-1]]
-    table[1] = row(NAMES[1].upper(), GOLD[NAMES[1]] | {"age": "99"}, ("age", "colour"))
-    turns.append(clock.turn(assistant("\n".join([*table, row("Nobody Known", {"age": "1"}, ("age",))]))))
+    table[1] = row(2, NAMES[1].upper(), GOLD[NAMES[1]] | {"age": "99"}, ("age", "colour"))
+    turns.append(clock.turn(assistant("\n".join([*table, row(len(NAMES) + 1, "Nobody Known", {"age": "1"}, ("age",))]))))
     return trace("orchestrator", [system("Tools: search."), user("Find name|age|colour\n" + "\n".join(NAMES))], turns)
 
 

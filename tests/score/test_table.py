@@ -72,7 +72,7 @@ def test_one_wrong_cell_costs_one_item(gold: Table, data: st.DataObject) -> None
 
 @given(TABLES)
 def test_what_row_writes_parse_table_reads(table: Table) -> None:
-    text = "\n".join(row(name, cells, COLUMNS) for name, cells in table.items())
+    text = "\n".join(row(number, name, cells, COLUMNS) for number, (name, cells) in enumerate(table.items(), 1))
     assert parse_table(text, COLUMNS) == table
 
 

@@ -171,7 +171,7 @@ def test_only_the_end_of_the_task_makes_a_cohort_smaller(experts: list[Demonstra
     cut = 0
     for seed in range(60):
         messages = experts[seed % len(experts)].orchestrator(random.Random(seed), 2, 9, ((width, 1.0),))
-        names = messages[1].text.split("\n")[2::2]
+        names = messages[1].text.split("\n")[1:]
         sizes = [sum(call.name == "assign_task" for call in message.tool_calls) for message in messages]
         *full, last = [size for size in sizes if size]
         assert set(full) <= {width}

@@ -64,7 +64,7 @@ def test_records_have_urls_of_their_own_and_stand_in_order(records: list[Package
 
 
 def test_gold_values_can_be_answered_as_rows(records: list[PackageRecord]) -> None:
-    answer = "\n".join(row(record.name, record.values, FIELDS) for record in records)
+    answer = "\n".join(row(1, record.name, record.values, FIELDS) for record in records)
     assert parse_table(answer, FIELDS) == {record.name: record.values for record in records}
 
 
