@@ -54,6 +54,33 @@ def test_untrained_induction_heads_follow_the_longest_match() -> None:
     assert right >= 38
 
 
+def _rows_told_apart(marked: bool) -> float:
+    """Share of right values when twelve rows are written again in another order. A row is its label, eight tokens that
+    all rows have, one of four values, and five tokens that all rows have."""
+    right = 0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        model = KimiK25(NANO, media_pad=0)
+        initialise(model, generator)
+        induction_heads(model, LABELS if marked else (), generator)
+        model.eval().requires_grad_(False)
+        key, end, values = torch.randperm(2000, generator=generator)[:17].add(1).split((8, 5, 4))
+        value = values[torch.randint(4, (12,), generator=generator)].tolist()
+        rows = [[LABELS[i], *key.tolist(), value[i], *end.tolist()] for i in range(12)]
+        order = torch.randperm(12, generator=generator).tolist()
+        ids = [token for i in order for token in rows[i]] + [token for row in rows for token in row]
+        hidden = model(Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), []))
+        guesses = model.logits(hidden).argmax(-1)[len(ids) // 2 + 8 :: 15].tolist()
+        right += sum(guess == want for guess, want in zip(guesses, value, strict=True))
+    return right / (8 * 12)
+
+
+def test_untrained_induction_heads_tell_rows_apart_by_their_labels() -> None:
+    """Where everything that the circuit looks back at is the same in all rows."""
+    assert _rows_told_apart(marked=True) > 0.6
+    assert _rows_told_apart(marked=False) < 0.45
+
+
 def test_induction_heads_need_a_fitting_layout() -> None:
     config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, v_head_dim=16))
     with pytest.raises(ValueError, match="v_head_dim"):
