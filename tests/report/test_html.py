@@ -91,7 +91,9 @@ def swarm(rng: np.random.Generator) -> Trace:
     # 24 cells: one wrong value, one row of two cells left out, one cell that nobody asked for.
     table = [line(name) for name in NAMES[:-1]]
     table[1] = row(2, NAMES[1].upper(), GOLD[NAMES[1]] | {"age": "99"}, ("age", "colour"))
-    turns.append(clock.turn(assistant("\n".join([*table, row(len(NAMES) + 1, "Nobody Known", {"age": "1"}, ("age",))]))))
+    turns.append(
+        clock.turn(assistant("\n".join([*table, row(len(NAMES) + 1, "Nobody Known", {"age": "1"}, ("age",))])))
+    )
     return trace("orchestrator", [system("Tools: search."), user("Find name|age|colour\n" + "\n".join(NAMES))], turns)
 
 

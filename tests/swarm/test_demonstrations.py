@@ -314,9 +314,7 @@ def test_an_answer_holds_what_was_seen_and_nothing_else(experts: list[Demonstrat
         world = experts[seed % len(experts)].world
         final = messages[-1].text
         if final == "not found":
-            assert messages[1].text[1:].split("|")[0] not in {
-                document.title for document in world.documents
-            }
+            assert messages[1].text[1:].split("|")[0] not in {document.title for document in world.documents}
             continue
         columns = messages[0 if kind == "subagent" else 1].text.split("\n")[0].split("|")[1:]
         assert columns

@@ -6,8 +6,8 @@ _LABELS = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"
 
 
 def parse_table(text: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Lines `name|column=value|...`, a label (circled number) before the name or not, cells in any order; columns that were not asked for are left out, and of two
-    rows or cells with one name the first counts."""
+    """Lines `name|column=value|...`, a label (circled number) before the name or not, cells in any order; columns that
+    were not asked for are left out, and of two rows or cells with one name the first counts."""
     table: dict[str, dict[str, str]] = {}
     for line in text.splitlines():
         name, *cells = (cell.strip() for cell in line.lstrip(_LABELS).split("|"))

@@ -40,7 +40,9 @@ def label(number: int) -> str:
     """What row `number` of a list or a table begins with, wherever it stands: a circled number. It is one token, and no
     letters join it, so that the name behind it is the same tokens as elsewhere."""
     if not 1 <= number <= len(LABELS):
-        raise ValueError(f"no label for row {number}: a table has at most {len(LABELS) - 1} rows and one that closes it")
+        raise ValueError(
+            f"no label for row {number}: a table has at most {len(LABELS) - 1} rows and one that closes it"
+        )
     return LABELS[number - 1]
 
 
@@ -61,6 +63,6 @@ def template(name: str, columns: Sequence[str]) -> str:
 
 
 def row(number: int, name: str, values: dict[str, str], columns: Sequence[str]) -> str:
-    """One line of a table: `②name|column=value|column=value`. Sign and word are one token, so that what follows a column
+    """One line of a table: `②name|column=value|column=value`. Sign and word are one token: so what follows a column
     follows it in the page as well: a value is found by its column alone, and a row goes on by its last two tokens."""
     return label(number) + name + "".join(f"|{column}={values[column]}" for column in columns)
