@@ -75,8 +75,8 @@ def test_a_table_is_closed_by_a_label_that_its_task_has_not() -> None:
 
 
 def test_rows_without_a_label_are_refused() -> None:
-    assert label(20) == "⑳"
-    for number in (0, 21):
+    assert label(20) + label(21) + label(35) + label(36) + label(50) == "⑳㉑㉟㊱㊿"
+    for number in (0, 51):
         with pytest.raises(ValueError, match=f"row {number}"):
             label(number)
 

@@ -33,17 +33,21 @@ def wide_search(rng: random.Random, world: World, low: int, high: int, columns: 
     return WideSearch(tuple(gold), keys, gold)
 
 
-LABELS = "".join(map(chr, range(ord("①"), ord("⑳") + 1)))
+_CIRCLED = (("①", "⑳"), ("㉑", "㉟"), ("㊱", "㊿"))
+_ALL_LABELS = "".join(chr(code) for first, last in _CIRCLED for code in range(ord(first), ord(last) + 1))
+LABELS = _ALL_LABELS[:20]
+"""Those that a small tokenizer is taught, a token each."""
 
 
 def label(number: int) -> str:
     """What row `number` of a list or a table begins with, wherever it stands: a circled number. It is one token, and no
     letters join it, so that the name behind it is the same tokens as elsewhere."""
-    if not 1 <= number <= len(LABELS):
+    most = len(_ALL_LABELS)
+    if not 1 <= number <= most:
         raise ValueError(
-            f"no label for row {number}: a table has at most {len(LABELS) - 1} rows and one that closes it"
+            f"no label for row {number}: a table has at most {most - 1} rows, and the label that closes it"
         )
-    return LABELS[number - 1]
+    return _ALL_LABELS[number - 1]
 
 
 def numbered(lines: Iterable[str]) -> str:
