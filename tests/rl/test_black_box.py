@@ -30,7 +30,7 @@ CLIENT = (sys.executable, "-m", "baltoro.swarm.client")
 
 def _agent(prompt: str, role: str) -> str:
     """Searches and opens one name after another and thinks aloud; babbles where it was asked about one name only."""
-    names = re.findall(r"\n\d+\n([^\n|<]+)", prompt.split("<|im_assistant|>")[0])
+    names = re.findall(r"\n[①-⑳]([^\n|<]+)", prompt.split("<|im_assistant|>")[0])
     pages = re.findall(r"\n([^\n]+)((?:\n\|[^\n<]+)+)<", prompt.split("<|im_assistant|>", 1)[1])
     rows = "\n".join(name + page.replace("\n", "") for name, page in pages)
     if NOTICE in prompt or len(pages) == len(names):
