@@ -38,14 +38,14 @@ class Sources:
         it fills in, a table's rows in the order of a numbered list, a numbered list and its copy. Only the second time
         is a target, for only then the text is known."""
         kind = rng.choice(world.kinds)
-        chosen = list(enumerate(rng.sample(kind.entities, rng.randint(2, 16)), 1))
+        chosen = rng.sample(kind.entities, rng.randint(2, 16))
         form = rng.random()
         parts: list[tuple[list[str], list[str]]] = []
         if form < 0.1:
-            page = chosen[0][1].page.split("\n")
+            page = chosen[0].page.split("\n")
             parts = [(page, rng.sample(page[1:], len(page) - 1))]
         elif form < 0.5:
-            _, entity = chosen[0]
+            entity = chosen[0]
             parts = [([entity.page], [])]
             for _ in range(6):
                 number = rng.randint(1, 16)
@@ -55,10 +55,10 @@ class Sources:
                 parts.append((blank, [row(number, entity.name, entity.attributes, columns)]))
         elif form < 0.95:
             columns = rng.sample(kind.keys, rng.randint(1, 3))
-            rows = [row(number, e.name, e.attributes, columns) for number, e in chosen]
-            parts = [([numbered(e.name for _, e in chosen), *rng.sample(rows, len(rows))], [closed(rows)])]
+            rows = [row(number, e.name, e.attributes, columns) for number, e in enumerate(chosen, 1)]
+            parts = [([numbered(e.name for e in chosen), *rng.sample(rows, len(rows))], [closed(rows)])]
         else:
-            rows = numbered(e.name for _, e in chosen).split("\n")
+            rows = numbered(e.name for e in chosen).split("\n")
             parts = [(rows, [closed(rows)])]
         ids: list[int] = []
         mask: list[int] = []

@@ -133,7 +133,7 @@ def induction_heads(model: KimiK25, labels: Sequence[int], generator: torch.Gene
             q[n, place] = here[part][:width] * (gain / (unit * slot))
             kv_b[n, place, part * code : part * code + width] = torch.eye(width) * (gain / (latent * slot))
         size = _OUT_SIZE * (_SURE if n == _CONTEXT else 1)
-        shown = torch.arange(nope) + n * (half - nope) // max(count - 1, 1)
+        shown = torch.arange(nope) + n * (half - nope) // _CONTEXT
         kv_b[n, nope + torch.arange(nope), half + shown] = 1
         out[:, n] = token[shown].T * (size / latent * (half / nope) ** 0.5)
 

@@ -1,4 +1,4 @@
-"""Rendered text: two invented stems, in several of the fonts that matplotlib brings along, on one line or two.
+"""Rendered text: one to three invented stems, in several fonts that matplotlib brings along, on one line or more.
 
 Splits. The entity is the ordered pair of stems; `held_out` divides the pairs, so every stem occurs in both splits and
 in both places, and no pair of one split occurs in the other. A third of the training texts are one stem alone and a
