@@ -72,7 +72,7 @@ class Sources:
 
     def caption(self, rng: random.Random) -> TokenSequence:
         """Picture or clip -> its full description (alt text, boxes, lettering), with nothing around them: what the
-        vision tower learns from. Every family for equally many tokens."""
+        vision tower learns from. Every family takes equally much work, lettering twice as much."""
         (task,) = rng.choices(_VISION, self._caption_odds)
         return self._caption(rng, task)
 
@@ -99,14 +99,17 @@ class Sources:
 
     @functools.cached_property
     def _caption_odds(self) -> list[float]:
-        return _odds(self._caption)
+        odds = _odds(self._caption, lambda example: len(example.ids) + sum(len(m.patches) for m in example.media) / 4)
+        return [2 * each if task.name == "ocr" else each for task, each in zip(_VISION, odds, strict=True)]
 
     @functools.cached_property
     def _question_odds(self) -> list[float]:
-        return _odds(self._question)
+        return _odds(self._question, lambda example: len(example.ids))
 
 
-def _odds(make: Callable[[random.Random, VisionTask], TokenSequence]) -> list[float]:
-    """How often to draw each, so that all come to equally many tokens."""
+def _odds(
+    make: Callable[[random.Random, VisionTask], TokenSequence], cost: Callable[[TokenSequence], float]
+) -> list[float]:
+    """How often to draw each family, so that all cost the same."""
     rng = random.Random(0)
-    return [1 / sum(len(make(rng, task).ids) for _ in range(32)) for task in _VISION]
+    return [1 / sum(cost(make(rng, task)) for _ in range(32)) for task in _VISION]

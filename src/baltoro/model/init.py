@@ -1,9 +1,10 @@
-"""How parameters begin: plain random weights, and optionally the first two layers' heads wired as an induction circuit.
+"""How parameters begin: plain random weights, and optionally the first two layers' heads wired as an induction circuit
+and the patch embedding as a whitening.
 
 Looking a token up by its context (a previous-token head followed by a matching head) is what every agentic skill here
 rests on, and a small model finds it only after millions of tokens of nothing. `induction_heads` writes that circuit
 into the heads of the first two layers; training is free to change it. The report trains long enough to need no
-such thing (deviation, `docs/fidelity.md`).
+such thing, and its tower begins from SigLIP's (deviations, `docs/fidelity.md`).
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from baltoro.model.attention import MLA
 from baltoro.model.kimi import KimiK25
+from baltoro.model.vit import VisionTower
 
 
 @torch.no_grad()
@@ -29,6 +31,28 @@ def initialise(model: KimiK25, generator: torch.Generator) -> None:
             p.normal_(0, p[0].numel() ** -0.5, generator=generator)
         elif name.endswith("bias"):
             p.zero_()
+
+
+_LEAST_VARIANCE = 1e-3
+"""Added to the variances of whitened directions, in units of normalised pixels; what varies less counts as noise."""
+
+
+@torch.no_grad()
+def whiten_patches(tower: VisionTower, patches: Tensor, generator: torch.Generator) -> None:
+    """Begin the patch embedding as a whitening of patches [n, 3, p, p] like those to come, turned at random: its
+    channels are uncorrelated over them and have unit variance. Nearly all variance of plain pictures is the mean
+    colour of a patch, and edges, which tell shapes apart, would begin a hundred times fainter. Needs a width of at most
+    3 p^2."""
+    proj = tower.patch_embed.proj
+    pixels = patches.flatten(1).double()
+    variance, directions = torch.linalg.eigh(torch.cov(pixels.T))
+    width = len(proj.weight)
+    sphere = (directions / (variance.clamp(min=0) + _LEAST_VARIANCE).sqrt())[:, -width:]
+    turn = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
+    weight = turn @ sphere.T
+    assert proj.bias is not None
+    proj.weight.copy_(weight.view_as(proj.weight))
+    proj.bias.copy_(-weight @ pixels.mean(0))
 
 
 # Logits of the wired heads, and the sizes of what they write beside a token's embedding (whose norm is 1).

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from baltoro.agent.loop import derive_seed
@@ -14,7 +15,7 @@ from baltoro.chat.tokenizer import Tokenizer
 from baltoro.data.mixture import Mixture, Source
 from baltoro.data.sources import Sources
 from baltoro.model.config import PRESETS, ModelConfig
-from baltoro.model.init import induction_heads, initialise
+from baltoro.model.init import induction_heads, initialise, whiten_patches
 from baltoro.model.kimi import KimiK25
 from baltoro.recipe.settings import RecipeConfig
 from baltoro.report.progress import Progress as Display
@@ -30,6 +31,9 @@ from baltoro.world.corpora import folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
 from baltoro.world.tasks import LABELS
+
+_WHITENED = 1024
+"""Pictures whose patches the tower's embedding begins to whiten."""
 
 LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
@@ -168,6 +172,10 @@ class Run:
         """The tower learns with a small language model (the report's is Moonlight), which is then left behind."""
         captioner = dataclasses.replace(self.model_config, text=self.config.captioner.of(self.model_config.text))
         small = self._fresh(captioner, induction=False)  # its few heads are to read pictures
+        rng = random.Random("patches")
+        media = [item for _ in range(_WHITENED) for item in self.sources.caption(rng).media]
+        patches = torch.from_numpy(np.concatenate([item.patches for item in media]))
+        whiten_patches(small.vision_tower, patches, torch.Generator().manual_seed(self.config.seed))
         self.descend("vit", self.config.vit, sources, small)
         self.model.vision_tower.load_state_dict(small.vision_tower.state_dict())
         self.model.mm_projector.load_state_dict(small.mm_projector.state_dict())

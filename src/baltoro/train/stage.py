@@ -50,7 +50,7 @@ class StepReport:
     clipped_heads: int
 
 
-_TRIM_EVERY = 20
+_TRIM_EVERY = 60
 
 
 def optimizer_for(model: KimiK25, trains: tuple[str, ...], weight_decay: float) -> MuonAdamW:

@@ -24,8 +24,8 @@ STEMS = (
     "bal", "cor", "dun", "fex", "gim", "hab", "jol", "kes",
     "lum", "mip", "nav", "pog", "ruk", "sel", "tav", "vor",
 )  # fmt: skip
-_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneralBol")
-_PIXELS = (14, 15, 16)
+_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
+_PIXELS = (18, 20)
 _PAD = 3
 _DARK: Colour = (14, 16, 22)
 _LIGHT: Colour = (240, 240, 236)
