@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from baltoro.model.config import NANO, ModelConfig, Yarn
-from baltoro.model.init import induction_heads, initialise
+from baltoro.model.config import NANO, ModelConfig, VisionConfig, Yarn
+from baltoro.model.init import induction_heads, initialise, whiten_patches
 from baltoro.model.kimi import Batch, KimiK25
 from baltoro.model.packed import Segments
+from baltoro.model.vit import VisionTower
 
 LABELS = range(2020, 2040)
 
@@ -94,3 +95,19 @@ def test_initialisation_is_a_function_of_the_seed() -> None:
     states = [model.state_dict() for model in models]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["language_model.lm_head.weight"], states[2]["language_model.lm_head.weight"])
+
+
+def test_whitened_patches_are_uncorrelated_and_nothing_is_lost() -> None:
+    """Patches that are 8 hidden causes, of which the strongest is 300 times the weakest, in 12 pixels: 8 channels of
+    unit variance and mean 0, from which the patches can be had back."""
+    generator = torch.Generator().manual_seed(0)
+    tower = VisionTower(VisionConfig(2, 8, 1, 1, 8, 2, 2))
+    causes = torch.randn(4000, 8, generator=generator) * torch.logspace(0, 2.5, 8)
+    pixels = causes @ torch.linalg.qr(torch.randn(12, 8, generator=generator))[0].T + 5
+    whiten_patches(tower, pixels.view(-1, 3, 2, 2), generator)
+    channels = tower.patch_embed.proj(pixels.view(-1, 3, 2, 2)).detach().view(-1, 8)
+    torch.testing.assert_close(torch.cov(channels.T), torch.eye(8), atol=2e-3, rtol=0)
+    torch.testing.assert_close(channels.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    centred = pixels - pixels.mean(0)
+    again = channels @ torch.linalg.lstsq(channels, centred).solution
+    torch.testing.assert_close(again, centred, atol=0.05, rtol=0)
