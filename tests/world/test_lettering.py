@@ -9,22 +9,26 @@ from baltoro.world.lettering import STEMS, ink, sample_lettering
 from baltoro.world.scenes import Split
 
 
-def drawn(split: Split) -> list[str]:
+def drawn(split: Split) -> list[tuple[list[str], str]]:
+    """Stems and font."""
     rng = random.Random(1)
-    return [sample_lettering(rng, split).text for _ in range(4000)]
+    sampled = (sample_lettering(rng, split) for _ in range(8000))
+    return [(lettering.text.split(" "), lettering.font) for lettering in sampled]
 
 
-def test_splits_share_no_text_but_every_stem_in_both_places():
-    train, heldout = ([tuple(text.split(" ")) for text in drawn(split)] for split in ("train", "heldout"))
-    assert {text for text in train if len(text) == 1} == {(stem,) for stem in STEMS}
-    assert {len(text) for text in train} == {1, 2, 3}
-    beside, held = ({pair for text in texts for pair in itertools.pairwise(text)} for texts in (train, heldout))
+def test_splits_share_no_pair_in_a_font_but_every_pair_is_trained_on():
+    train, heldout = drawn("train"), drawn("heldout")
+    assert {tuple(stems) for stems, _ in train if len(stems) == 1} == {(stem,) for stem in STEMS}
+    assert {len(stems) for stems, _ in train} == {1, 2, 3}
+    assert {len(stems) for stems, _ in heldout} == {2}
+    beside, held = (
+        {(*pair, font) for stems, font in texts for pair in itertools.pairwise(stems)} for texts in (train, heldout)
+    )
     assert not beside & held
-    assert len(beside | held) == len(STEMS) ** 2
-    assert {len(text) for text in heldout} == {2}
-    for pairs in (beside, held):
-        for place in (0, 1):
-            assert {pair[place] for pair in pairs} == set(STEMS)
+    assert len(beside | held) == 3 * len(STEMS) ** 2
+    assert len({(a, b) for a, b, _ in beside}) == len(STEMS) ** 2
+    for place in (0, 1):
+        assert {pair[place] for pair in held} == set(STEMS)
 
 
 @pytest.mark.parametrize("font", lettering._FONTS)

@@ -14,6 +14,8 @@ from baltoro.world.tasks import closed, label, numbered, row, template
 from baltoro.world.vision import VISION_TASKS, VisionTask
 
 _VISION = list(VISION_TASKS.values())
+_SLOW = ("ocr", "motion", "event")
+"""What the tower learns last is described twice as much as the rest."""
 
 
 class Sources:
@@ -72,7 +74,8 @@ class Sources:
 
     def caption(self, rng: random.Random) -> TokenSequence:
         """Picture or clip -> its full description (alt text, boxes, lettering), with nothing around them: what the
-        vision tower learns from. Every family takes equally much work, lettering twice as much."""
+        vision tower learns from. Every family takes equally much work, lettering and clips twice as
+        much."""
         (task,) = rng.choices(_VISION, self._caption_odds)
         return self._caption(rng, task)
 
@@ -100,7 +103,7 @@ class Sources:
     @functools.cached_property
     def _caption_odds(self) -> list[float]:
         odds = _odds(self._caption, lambda example: len(example.ids) + sum(len(m.patches) for m in example.media) / 4)
-        return [2 * each if task.name == "ocr" else each for task, each in zip(_VISION, odds, strict=True)]
+        return [2 * each if task.name in _SLOW else each for task, each in zip(_VISION, odds, strict=True)]
 
     @functools.cached_property
     def _question_odds(self) -> list[float]:
