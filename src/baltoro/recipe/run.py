@@ -34,6 +34,8 @@ from baltoro.world.tasks import LABELS
 
 _WHITENED = 1024
 """Pictures whose patches the tower's embedding begins to whiten."""
+_FAILING = 0.05
+"""Share of subagents without an answer in SFT: one that fails is not to harm the others' rows."""
 
 LEARNS = {
     "vit": "the vision tower learns to describe pictures and clips",
@@ -134,6 +136,7 @@ class Run:
         single: tuple[int, int],
         cohort: tuple[int, int],
         widths: tuple[tuple[int, float], ...],
+        failing: float = 0.0,
     ) -> dict[str, Source]:
         """The sources of one step; they share one training world."""
         world = World(rng.randrange(2**31), "train")
@@ -147,7 +150,7 @@ class Run:
             "subagent": lambda r: chat(demonstrator.subagent(r)),
             "pixels": lambda r: chat(demonstrator.pixels(r)),
             "single": lambda r: chat(demonstrator.single(r, *single)),
-            "orchestrator": lambda r: chat(demonstrator.orchestrator(r, *cohort, widths)),
+            "orchestrator": lambda r: chat(demonstrator.orchestrator(r, *cohort, widths, failing)),
         }
 
     def supervised(self) -> None:
@@ -166,7 +169,9 @@ class Run:
         self.descend(
             "longctx", c.longctx.stage, lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, even)
         )
-        self.descend("sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths))
+        self.descend(
+            "sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths, _FAILING)
+        )
 
     def _train_tower(self, sources: Callable[[random.Random], Mapping[str, Source]]) -> None:
         """The tower learns with a small language model (the report's is Moonlight), which is then left behind."""

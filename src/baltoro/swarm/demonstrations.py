@@ -5,7 +5,9 @@ import json
 import random
 from collections.abc import Sequence
 
+from baltoro.agent.tool import ToolResult
 from baltoro.chat.messages import Message, ToolCall, assistant, system, tool_result, user
+from baltoro.swarm.tools import unanswered
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
@@ -17,6 +19,8 @@ PYTHON_PROMPT = "Tools: python."
 NOTICE = "Answer now."
 SUBAGENT = "reader"
 HITS = 2
+_NOT_FOUND = "not found"
+_FAILURES = (ToolResult((_NOT_FOUND,)), ToolResult(error=unanswered(SUBAGENT, "limit")))
 _BOX_CODE = """import numpy as np
 im = np.load('image.npy').astype(int)
 y, x = np.where(abs(im - {colour}).sum(2) < 60)
@@ -54,7 +58,7 @@ class Demonstrator:
             name = " ".join(w[::-1] for w in rng.choice(other).name.split())
             messages[1] = user(subtask(number, name, left))
             self._search(messages, 0, name)
-            return [*messages, assistant("not found")]
+            return [*messages, assistant(_NOT_FOUND)]
         self._search(messages, 0, name)
         self._open(messages, 1, name)
         if rng.random() < 0.25:
@@ -84,10 +88,12 @@ class Demonstrator:
         return [*messages, assistant(closed(notes), reasoning=f"{note}{label(len(notes) + 1)}" if note else "")]
 
     def orchestrator(
-        self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]]
+        self, rng: random.Random, low: int, high: int, widths: Sequence[tuple[int, float]], failing: float = 0.0
     ) -> list[Message]:
         """Subagents in cohorts of one width, drawn from `widths` as (width, weight), 0 for all at once; sometimes told
-        to answer between two cohorts. No cohort is cut short: whether a call follows depends on the task alone."""
+        to answer between two cohorts. No cohort is cut short: whether a call follows depends on the task alone.
+        failing: share of subagents that find nothing or have no answer; their rows stay empty, and the others whole.
+        """
         task = wide_search(rng, self.world, low, high)
         width = rng.choices([w for w, _ in widths], [p for _, p in widths])[0] or len(task.names)
         messages = [system(SWARM_PROMPT), user(task.prompt)]
@@ -96,18 +102,24 @@ class Demonstrator:
         results = [tool_result(create.id, f"created {SUBAGENT}")]
         calls = [create]
         names = list(task.names)
+        rows: list[str] = []
         if rng.random() < 0.2:
             names = names[: width * rng.randint(1, -(-len(names) // width))]
         for begin in range(0, len(names), width):
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
                 prompt = subtask(i, name, len(task.names) + 1 - i)
                 calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=prompt))
-                results.append(tool_result(calls[-1].id, row(i, name, task.gold[name], task.columns)))
+                if failing and rng.random() < failing:
+                    rows.append(template(f"{label(i)}{name}", [""]))
+                    results.append(tool_result(calls[-1].id, *rng.choice(_FAILURES).shown))
+                else:
+                    rows.append(row(i, name, task.gold[name], task.columns))
+                    results.append(tool_result(calls[-1].id, rows[-1]))
             messages += [assistant(tool_calls=tuple(calls)), *results]
             calls, results = [], []
         if len(names) < len(task.names):
             messages.append(user(NOTICE))
-        return [*messages, assistant(closed([row(i, n, task.gold[n], task.columns) for i, n in enumerate(names, 1)]))]
+        return [*messages, assistant(closed(rows))]
 
     def pixels(self, rng: random.Random) -> list[Message]:
         """An image operation as code, on a picture that is named but never shown (zero-vision SFT, 2.2): find an object

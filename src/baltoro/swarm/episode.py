@@ -34,16 +34,17 @@ async def run_swarm(
     """The orchestrator's trace with its subagents' inside, and the signals `parallel` and `finish`.
 
     `orchestrator_tools` are those beside create_subagent and assign_task. Subagents have role "subagent", are never
-    trainable (frozen, section 3), start no agents, and take at most the orchestrator's remaining steps less one.
-    An empty system prompt is left out, here as for subagents. Subagents draw as the orchestrator does unless
-    `subagent_sampling` says otherwise; their seeds follow from their place in the tree.
+    trainable (frozen, section 3), start no agents, and take at most the orchestrator's remaining steps less one. One
+    whose last turn is cut by its limit of tokens has no answer. An empty system prompt is left out, here as for
+    subagents. Subagents draw as the orchestrator does unless `subagent_sampling` says otherwise; their seeds follow
+    from their place in the tree.
     """
 
     async def run_subagent(prompt: str, task: str, context: CallContext) -> Trace:
         limits = subagent_limits
         if context.steps_left is not None:
             limits = replace(limits, max_turns=min(limits.max_turns, context.steps_left - 1))
-        return await run_agent(
+        trace = await run_agent(
             engine,
             tokenizer,
             media_spec,
@@ -56,6 +57,9 @@ async def run_swarm(
             thinking=thinking,
             origin=context.origin,
         )
+        # Half an answer would go on in the orchestrator's: its model runs on where the subagent's was cut.
+        cut = bool(trace.turns) and trace.turns[-1].ids[-1] != tokenizer.im_end
+        return replace(trace, final_text="") if cut else trace
 
     trace = await run_agent(
         engine,

@@ -59,8 +59,13 @@ class AssignTask:
         trace = await self._run(self._prompts[name], task, context)
         steps = critical_steps(trace)
         if not trace.final_text:
-            return ToolResult((), (trace,), error=f"{name} ended without an answer ({trace.status})", steps=steps)
+            return ToolResult((), (trace,), error=unanswered(name, trace.status), steps=steps)
         return ToolResult((trace.final_text,), (trace,), steps=steps)
+
+
+def unanswered(name: str, status: str) -> str:
+    """What the orchestrator is told of a subagent that has no final message."""
+    return f"{name} ended without an answer ({status})"
 
 
 def swarm_tools(run: RunSubagent) -> tuple[Tool, Tool]:
