@@ -109,11 +109,20 @@ def assert_same_tokens(trace: Trace, messages: list[Message], tokenizer: Tokeniz
 async def replayed(
     expert: Demonstrator, messages: list[Message], tokenizer: Tokenizer, media_spec: MediaSpec, mode: Mode
 ) -> Trace:
-    """The demonstration's task, solved as evaluation and RL solve it, by the demonstration's words."""
+    """The demonstration's task, solved as evaluation and RL solve it, by the demonstration's words; subagents fail
+    where they do there."""
     words = spoken(messages)
+    ended = {message.tool_call_id: message.text for message in messages if message.role == "tool"}
+    calls = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
+    fates = {json.loads(call.arguments)["prompt"]: ended[call.id] for call in calls}
 
     def script(prompt: str, role: str) -> str:
-        return reads_its_page(prompt) if role == "subagent" else words[turn(prompt)]
+        if role != "subagent":
+            return words[turn(prompt)]
+        fate = fates[prompt.split("<|im_middle|>")[2].split("<|im_end|>")[0]]
+        if fate == "not found":
+            return completion_text(fate)
+        return completion_text("and on " * 2000) if fate.startswith("error: ") else reads_its_page(prompt)
 
     told = any(message.role == "user" and message.text == NOTICE for message in messages)
     stages = [sum(call.name == "assign_task" for call in message.tool_calls) for message in messages]
@@ -163,6 +172,27 @@ async def test_orchestrator_replays_token_for_token(
             assert trace.signals["perf"] == 1
     # It is told to answer between two cohorts, so never where there is one.
     assert set(statuses) == ({"completed"} if widths == ALL else {"completed", "limit"})
+
+
+async def test_where_a_subagent_fails_its_row_alone_stays_empty(
+    experts: list[Demonstrator], tokenizer: Tokenizer, media_spec: MediaSpec
+) -> None:
+    failed = rows = 0
+    for seed in range(24):
+        expert = experts[seed % len(experts)]
+        messages = expert.orchestrator(random.Random(seed), 2, 9, ((4, 0.5), (0, 0.5)), 0.3)
+        assert_same_tokens(
+            await replayed(expert, messages, tokenizer, media_spec, "swarm"), messages, tokenizer, media_spec
+        )
+        task = asked(messages, expert.world)
+        table = parse_table(messages[-1].text, task.columns)
+        empty = [name for name, cells in table.items() if not cells]
+        assert {name: task.gold[name] for name in table if name not in empty} == {
+            name: cells for name, cells in table.items() if cells
+        }
+        assert len(empty) == sum("not found" in m.text or "error" in m.text for m in messages if m.role == "tool")
+        failed, rows = failed + len(empty), rows + len(table)
+    assert 0.2 < failed / rows < 0.4
 
 
 @pytest.mark.parametrize("width", [1, 4])

@@ -202,6 +202,20 @@ async def test_one_subagent_raises_one_never_ends_and_one_overflows_beside_healt
     assert (trace.status, trace.signals["finish"]) == ("completed", 0.5)
 
 
+async def test_an_answer_that_is_cut_is_none_but_stays_on_record(swarm: Swarm) -> None:
+    def runs_on(prompt: str, role: str) -> str:
+        return says("and on " * 500) if "<|im_middle|>item1<" in prompt else looks_up(prompt, role)
+
+    trace = await swarm.run(swarm.engine(fan_out(3), runs_on))
+    assert [result.text for result in trace.turns[0].results] == [
+        "created w",
+        "item0 is w/0",
+        "error: w ended without an answer (limit)",
+        "item2 is w/2",
+    ]
+    assert trace.children[1].messages[-1].text.startswith("and on and on")
+
+
 async def test_a_thousand_subagents_in_one_stage(swarm: Swarm) -> None:
     limits = Limits(10, 1_000_000, 200_000)
     trace = await swarm.run(swarm.engine(fan_out(1000)), orchestrator_limits=limits)
