@@ -111,3 +111,14 @@ def test_whitened_patches_are_uncorrelated_and_nothing_is_lost() -> None:
     centred = pixels - pixels.mean(0)
     again = channels @ torch.linalg.lstsq(channels, centred).solution
     torch.testing.assert_close(again, centred, atol=0.05, rtol=0)
+
+
+def test_a_tower_wider_than_a_patch_holds_all_of_it() -> None:
+    """12 pixels in 20 channels (K2.5's has 588 in 1,152): 12 uncorrelated directions, and unit variance on average."""
+    generator = torch.Generator().manual_seed(0)
+    tower = VisionTower(VisionConfig(2, 20, 1, 1, 8, 2, 2))
+    pixels = torch.randn(4000, 12, generator=generator) * torch.logspace(0, 1, 12)
+    whiten_patches(tower, pixels.view(-1, 3, 2, 2), generator)
+    channels = tower.patch_embed.proj(pixels.view(-1, 3, 2, 2)).detach().view(-1, 20)
+    expected = torch.tensor([0.0] * 8 + [20 / 12] * 12)
+    torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(channels.T)), expected, atol=5e-3, rtol=0)

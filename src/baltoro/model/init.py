@@ -40,16 +40,17 @@ _LEAST_VARIANCE = 1e-3
 @torch.no_grad()
 def whiten_patches(tower: VisionTower, patches: Tensor, generator: torch.Generator) -> None:
     """Begin the patch embedding as a whitening of patches [n, 3, p, p] like those to come, turned at random: its
-    channels are uncorrelated over them and have unit variance. Nearly all variance of plain pictures is the mean
-    colour of a patch, and edges, which tell shapes apart, would begin a hundred times fainter. Needs a width of at most
-    3 p^2."""
+    channels have unit variance over them and are uncorrelated, as far as the width is not above 3 p^2; a wider tower
+    holds the 3 p^2 directions turned into its width, with unit variance on average. Nearly all variance of plain
+    pictures is the mean colour of a patch, and edges, which tell shapes apart, would begin a hundred times fainter."""
     proj = tower.patch_embed.proj
     pixels = patches.flatten(1).double()
     variance, directions = torch.linalg.eigh(torch.cov(pixels.T))
     width = len(proj.weight)
     sphere = (directions / (variance.clamp(min=0) + _LEAST_VARIANCE).sqrt())[:, -width:]
-    turn = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
-    weight = turn @ sphere.T
+    kept = sphere.shape[1]
+    turn = torch.linalg.qr(torch.randn(width, kept, dtype=torch.float64, generator=generator))[0]
+    weight = turn @ sphere.T * (width / kept) ** 0.5
     assert proj.bias is not None
     proj.weight.copy_(weight.view_as(proj.weight))
     proj.bias.copy_(-weight @ pixels.mean(0))

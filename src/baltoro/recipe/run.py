@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 
 from baltoro.agent.loop import derive_seed
@@ -25,6 +24,7 @@ from baltoro.serve.live import LivePrompt
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.demonstrations import Demonstrator
 from baltoro.train.machine import prepare_machine
+from baltoro.train.packing import pack
 from baltoro.train.stage import StageConfig, StepReport, run_stage
 from baltoro.train.state import read_progress
 from baltoro.world.corpora import folder_corpus, python_corpus
@@ -177,10 +177,11 @@ class Run:
         """The tower learns with a small language model (the report's is Moonlight), which is then left behind."""
         captioner = dataclasses.replace(self.model_config, text=self.config.captioner.of(self.model_config.text))
         small = self._fresh(captioner, induction=False)  # its few heads are to read pictures
-        rng = random.Random("patches")
-        media = [item for _ in range(_WHITENED) for item in self.sources.caption(rng).media]
-        patches = torch.from_numpy(np.concatenate([item.patches for item in media]))
-        whiten_patches(small.vision_tower, patches, torch.Generator().manual_seed(self.config.seed))
+        if not self.folder.checkpoint("vit").exists():
+            rng = random.Random("patches")
+            shown = pack([self.sources.caption(rng) for _ in range(_WHITENED)], captioner.vision.patch_size)
+            generator = torch.Generator().manual_seed(self.config.seed)
+            whiten_patches(small.vision_tower, shown.batch.patches, generator)
         self.descend("vit", self.config.vit, sources, small)
         self.model.vision_tower.load_state_dict(small.vision_tower.state_dict())
         self.model.mm_projector.load_state_dict(small.mm_projector.state_dict())
