@@ -40,7 +40,7 @@ def test_a_restated_list_ends_where_its_labels_do(sources: Sources) -> None:
         told = tokenizer.decode(example.ids[begin:-1]).split("\n")
         count = len(told) - 1
         assert "".join(row[0] for row in told) == "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰"[: count + 1]
-        assert [row.split("|")[0] for row in told[:-1]] == given[:count]
+        assert [row.split("|")[0] for row in told[:-1]] == [line.split("|")[0] for line in given[:count]]
         assert not any(row.startswith(told[-1]) for row in given)
         lists += 1
     assert lists > 30

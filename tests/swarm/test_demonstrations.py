@@ -91,8 +91,8 @@ def reads_its_page(prompt: str) -> str:
 def asked(messages: Sequence[Message], world: World) -> WideSearch:
     """The task that the demonstration's user states, with gold answers from the world."""
     head, *lines = messages[1].text.split("\n")
-    names = [line[1:] for line in lines]  # a label stands before each
-    columns = tuple(head.removeprefix(f"Find {len(names)} rows name|").split("|"))
+    names = [line[1:].split("|")[0] for line in lines]  # between a label and a count
+    columns = tuple(head.removeprefix("Find name|").split("|"))
     facts = {entity.name: entity.attributes for kind in world.kinds for entity in kind.entities}
     return WideSearch(tuple(names), columns, {name: {c: facts[name][c] for c in columns} for name in names})
 
@@ -247,7 +247,7 @@ async def test_subagent_replays_token_for_token_below_a_real_orchestrator(
 
 
 def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]) -> None:
-    """The instruction and the task have the same form in both: a row with its values left out, and a name."""
+    """The instruction has the same form in both, a row with its values left out, and the task is a line of the list."""
     form = re.compile(r"Fill in name(\|[\w-]+){2,3}")
     for messages in drawn(experts, "subagent", 20):
         assert form.fullmatch(messages[0].text)
@@ -255,12 +255,11 @@ def test_a_subagent_is_asked_as_an_orchestrator_asks(experts: list[Demonstrator]
     for messages in drawn(experts, "orchestrator", 20):
         create, *_ = messages[2].tool_calls
         asked_for, *lines = messages[1].text.split("\n")
-        instruction = asked_for.replace(f"Find {len(lines)} rows", "Fill in")
+        instruction = asked_for.replace("Find", "Fill in")
         assert create.arguments == f'{{"name":"{SUBAGENT}","system_prompt":"{instruction}"}}'
         assigned = [call for message in messages for call in message.tool_calls if call.name == "assign_task"]
         assert [call.arguments for call in assigned] == [
-            f'{{"agent":"{SUBAGENT}","prompt":"{line}|{len(lines) - i}"}}'
-            for i, line in enumerate(lines[: len(assigned)])
+            f'{{"agent":"{SUBAGENT}","prompt":"{line}"}}' for line in lines[: len(assigned)]
         ]
 
 

@@ -52,7 +52,7 @@ def test_every_size_and_every_kind_is_asked_for() -> None:
 def test_the_prompt() -> None:
     gold = {"Bel Stanby": {"age": "20", "metal": "abnel"}, "Ok Rudton": {"age": "31", "metal": "tuvey"}}
     task = WideSearch(("Bel Stanby", "Ok Rudton"), ("metal", "age"), gold)
-    assert task.prompt == "Find 2 rows name|metal|age\n①Bel Stanby\n②Ok Rudton"
+    assert task.prompt == "Find name|metal|age\n①Bel Stanby|2\n②Ok Rudton|1"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -60,9 +60,11 @@ def test_the_prompt_neither_answers_nor_says_how_to_go_about_it(seed: int) -> No
     task = wide_search(random.Random(seed), WORLDS[seed % len(WORLDS)], 8, 16)
     first, *lines = task.prompt.split("\n")
     assert not IMPLIED_WIDTH.search(first)  # behind it are names, which may be any words
-    assert tuple(line[1:] for line in lines) == task.names
+    names, left = zip(*(line[1:].split("|") for line in lines), strict=True)
+    assert names == task.names
     assert "".join(line[0] for line in lines) == "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯"[: len(task.names)]
-    assert first == f"Find {len(task.names)} rows name|{'|'.join(task.columns)}"
+    assert [int(each) for each in left] == [*range(len(task.names), 0, -1)]
+    assert first == f"Find name|{'|'.join(task.columns)}"
 
 
 def test_a_table_is_closed_by_a_label_that_its_task_has_not() -> None:

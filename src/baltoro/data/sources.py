@@ -10,7 +10,7 @@ from baltoro.chat.render import render
 from baltoro.chat.tokenizer import Tokenizer
 from baltoro.world.corpora import Corpus
 from baltoro.world.entities import World
-from baltoro.world.tasks import closed, label, numbered, row, template
+from baltoro.world.tasks import closed, label, listed, row, template
 from baltoro.world.vision import VISION_TASKS, VisionTask
 
 _VISION = list(VISION_TASKS.values())
@@ -58,9 +58,9 @@ class Sources:
         elif form < 0.95:
             columns = rng.sample(kind.keys, rng.randint(1, 3))
             rows = [row(number, e.name, e.attributes, columns) for number, e in enumerate(chosen, 1)]
-            parts = [([numbered(e.name for e in chosen), *rng.sample(rows, len(rows))], [closed(rows)])]
+            parts = [([*listed([e.name for e in chosen]), *rng.sample(rows, len(rows))], [closed(rows)])]
         else:
-            rows = numbered(e.name for e in chosen).split("\n")
+            rows = listed([e.name for e in chosen])
             parts = [(rows, [closed(rows)])]
         ids: list[int] = []
         mask: list[int] = []

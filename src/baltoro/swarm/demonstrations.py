@@ -11,7 +11,7 @@ from baltoro.swarm.tools import unanswered
 from baltoro.tools.search import SearchIndex, hit_lines
 from baltoro.world.entities import World
 from baltoro.world.scenes import COLOUR_NAMES, COLOURS, SHAPES
-from baltoro.world.tasks import closed, label, row, template, wide_search
+from baltoro.world.tasks import closed, label, listed, row, subtask, template, wide_search
 
 SINGLE_PROMPT = "Tools: search, open."
 SWARM_PROMPT = "Tools: search, open, create_subagent, assign_task."
@@ -29,14 +29,8 @@ print(*(round(v * 32 / s) for v, s in ((x.min(), w), (y.min(), h), (x.max() + 1,
 
 
 def subagent_prompt(columns: Sequence[str]) -> str:
-    """The row to be filled in; its task is a label and a name."""
+    """The row to be filled in; its task is a line of the list."""
     return f"Fill in {template('name', columns)}"
-
-
-def subtask(number: int, name: str, left: int) -> str:
-    """The row as the list has it, and how many are still to be given out, this one included: at 1 the orchestrator
-    stops. What it looks up or decides by stands within the last tokens, as far as a model this small sees."""
-    return f"{label(number)}{name}|{left}"
 
 
 class Demonstrator:
@@ -102,13 +96,13 @@ class Demonstrator:
         results = [tool_result(create.id, f"created {SUBAGENT}")]
         calls = [create]
         names = list(task.names)
+        subtasks = listed(names)
         rows: list[str] = []
         if rng.random() < 0.2:
             names = names[: width * rng.randint(1, -(-len(names) // width))]
         for begin in range(0, len(names), width):
             for i, name in enumerate(names[begin : begin + width], 1 + begin):
-                prompt = subtask(i, name, len(task.names) + 1 - i)
-                calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=prompt))
+                calls.append(_call("assign_task", i, agent=SUBAGENT, prompt=subtasks[i - 1]))
                 if failing and rng.random() < failing:
                     rows.append(template(f"{label(i)}{name}", [""]))
                     results.append(tool_result(calls[-1].id, *rng.choice(_FAILURES).shown))

@@ -1,7 +1,7 @@
 """Agent tasks on a world, each with its gold answer: wide search, deep search."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baltoro.world.entities import Entity, World
@@ -20,8 +20,8 @@ class WideSearch:
 
     @property
     def prompt(self) -> str:
-        """Says what is wanted, and how many rows, and nothing of how to go about it."""
-        return f"Find {len(self.names)} rows {template('name', self.columns)}\n{numbered(self.names)}"
+        """Says what is wanted, and nothing of how to go about it."""
+        return "\n".join((f"Find {template('name', self.columns)}", *listed(self.names)))
 
 
 def wide_search(rng: random.Random, world: World, low: int, high: int, columns: tuple[int, int] = (2, 3)) -> WideSearch:
@@ -50,9 +50,15 @@ def label(number: int) -> str:
     return _ALL_LABELS[number - 1]
 
 
-def numbered(lines: Iterable[str]) -> str:
-    """A line each, behind its label."""
-    return "\n".join(f"{label(number)}{line}" for number, line in enumerate(lines, 1))
+def subtask(number: int, name: str, left: int) -> str:
+    """A line of a task's list: label, name, and how many rows are still to come, this one included. An orchestrator
+    gives such a line to a subagent as it stands; so it sees the last by copying it, and need not count."""
+    return template(f"{label(number)}{name}", [str(left)])
+
+
+def listed(names: Sequence[str]) -> list[str]:
+    """The list of a task, a subtask for each name."""
+    return [subtask(number, name, len(names) + 1 - number) for number, name in enumerate(names, 1)]
 
 
 def closed(rows: Sequence[str]) -> str:
