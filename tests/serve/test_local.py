@@ -108,6 +108,12 @@ def test_logprobs_are_those_of_the_model_at_temperature_1() -> None:
         assert STOP not in completion.ids[:-1]
 
 
+def test_a_narrow_model_trained_in_bfloat16_decodes_in_float32() -> None:
+    prompt = _prompt(1, 12, _item(1))
+    [completion] = _ask(_engine(_model(0, dtype=torch.bfloat16)), (prompt, Sampling(20)))
+    _check(_model(0), prompt, completion)
+
+
 def test_greedy_takes_the_best_token_whoever_else_is_served() -> None:
     model = _model(1)
     prompt = _prompt(0, 12, _item(1))
