@@ -118,7 +118,7 @@ def _run(
 def test_the_last_steps_are_shorter(tmp_path: Path) -> None:
     """A Muon step is as long as its rate, whatever the gradient: half a cosine over the last four of five."""
     model = _model()
-    matrix = dict(model.named_parameters())["language_model.model.layers.0.self_attn.o_proj.weight"]
+    matrix = model.language_model.model.layers[0].self_attn.o_proj.weight
     past = [matrix.detach().clone()]
     _run(tmp_path, model, 5, decay=0.8, seen=lambda: past.append(matrix.detach().clone()))
     lengths = [(after - before).norm().item() for before, after in pairwise(past)]
