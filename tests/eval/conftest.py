@@ -57,7 +57,7 @@ def _perfect(prompt: str, role: str) -> str:
     step = prompt.count("<|im_assistant|>") - 1
     first, *lines = prompt.split("<|im_user|>user<|im_middle|>")[1].split("<|im_end|>")[0].split("\n")
     name, *columns = first.split("|")
-    names = [name] if role == "subagent" else [line[1:] for line in lines]  # a label stands before each
+    names = [name] if role == "subagent" else [line[1:].split("|")[0] for line in lines]  # between a label and a count
     found = _returns(prompt)
     if role == "orchestrator":
         if step == 0:
