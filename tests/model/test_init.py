@@ -9,7 +9,7 @@ from baltoro.model.kimi import Batch, KimiK25
 from baltoro.model.packed import Segments
 from baltoro.model.vit import VisionTower
 
-LABELS = range(2020, 2040)
+LABELS, COLUMNS = range(2020, 2040), range(2000, 2020)
 
 
 def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
@@ -19,9 +19,9 @@ def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
     model = KimiK25(config, media_pad=0)
     initialise(model, generator)
     if wired:
-        induction_heads(model, LABELS, generator)
+        induction_heads(model, LABELS, COLUMNS, generator)
     model.eval().requires_grad_(False)
-    once = torch.randint(1, config.text.vocab_size, (4, half), generator=generator)
+    once = torch.randint(1, COLUMNS[0], (4, half), generator=generator)
     ids = torch.cat([once, once], 1)
     hidden = model(Batch(ids.flatten(), Segments([2 * half] * 4), torch.empty(0, 3, 8, 8), []))
     right = model.logits(hidden).argmax(-1).view(4, 2 * half)[:, :-1] == ids[:, 1:]
@@ -43,7 +43,7 @@ def test_untrained_induction_heads_follow_the_longest_match() -> None:
     generator = torch.Generator().manual_seed(1)
     model = KimiK25(config, media_pad=0)
     initialise(model, generator)
-    induction_heads(model, LABELS, generator)
+    induction_heads(model, LABELS, COLUMNS, generator)
     model.eval().requires_grad_(False)
     right = 0
     for _ in range(20):
@@ -52,7 +52,7 @@ def test_untrained_induction_heads_follow_the_longest_match() -> None:
             ids = [*rest[2:20], one, last, rest[0], *rest[20:40], two, last, rest[1], *rest[40:], before, last]
             batch = Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])
             right += int(model.logits(model(batch))[-1].argmax()) == wanted
-    assert right >= 38
+    assert right >= 36
 
 
 def _rows_told_apart(marked: bool) -> float:
@@ -63,7 +63,7 @@ def _rows_told_apart(marked: bool) -> float:
         generator = torch.Generator().manual_seed(seed)
         model = KimiK25(NANO, media_pad=0)
         initialise(model, generator)
-        induction_heads(model, LABELS if marked else (), generator)
+        induction_heads(model, LABELS if marked else (), COLUMNS, generator)
         model.eval().requires_grad_(False)
         key, end, values = torch.randperm(2000, generator=generator)[:17].add(1).split((8, 5, 4))
         value = values[torch.randint(4, (12,), generator=generator)].tolist()
@@ -78,14 +78,43 @@ def _rows_told_apart(marked: bool) -> float:
 
 def test_untrained_induction_heads_tell_rows_apart_by_their_labels() -> None:
     """Where everything that the circuit looks back at is the same in all rows."""
-    assert _rows_told_apart(marked=True) > 0.6
+    assert _rows_told_apart(marked=True) > 0.9
     assert _rows_told_apart(marked=False) < 0.45
+
+
+def _next_columns(marked: bool, length: int) -> int:
+    """In how many of 20 rows the next column is the likeliest of five. A list of columns stands first, then a page with
+    all of them in another order, then a row's cell whose value of `length` tokens stands nowhere else."""
+    right = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        model = KimiK25(NANO, media_pad=0)
+        initialise(model, generator)
+        induction_heads(model, LABELS, COLUMNS if marked else (), generator)
+        model.eval().requires_grad_(False)
+        columns = [COLUMNS[i] for i in torch.randperm(20, generator=generator)[:5].tolist()]
+        words = torch.randperm(1990, generator=generator).add(1).tolist()
+        asked, wanted = columns[1], columns[3]
+        listed = [columns[4], asked, wanted, columns[0]]
+        page = [token for column in columns for token in (words.pop(), column, words.pop(), words.pop())]
+        cell = [LABELS[3], words.pop(), asked, *(words.pop() for _ in range(length))]
+        ids = [words.pop(), *listed, words.pop(), *page, words.pop(), *cell]
+        logits = model.logits(model(Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])))[-1]
+        right += max(columns, key=logits.tolist().__getitem__) == wanted
+    return right
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_untrained_induction_heads_know_the_next_column(length: int) -> None:
+    """However long the value before it is."""
+    assert _next_columns(marked=True, length=length) >= 12
+    assert _next_columns(marked=False, length=length) <= 8
 
 
 def test_induction_heads_need_a_fitting_layout() -> None:
     config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, v_head_dim=16))
     with pytest.raises(ValueError, match="v_head_dim"):
-        induction_heads(KimiK25(config, media_pad=0), LABELS, torch.Generator())
+        induction_heads(KimiK25(config, media_pad=0), LABELS, COLUMNS, torch.Generator())
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:

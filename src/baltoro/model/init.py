@@ -64,27 +64,30 @@ _OUT_SIZE = 3.0
 _BRANCH_SCALE = 0.01
 _ROPE_PAIRS = 6
 _OFFSET = 0.7
-_CONTEXT = 3
-_LABEL_LOGIT = 40.0
+_BACK = 2
+_MARK_LOGIT = 40.0
+_COLUMN_SIZE, _COLUMN_LOGIT = 0.5, 8.0
 _SURE = 1.5
-_RECENT_PAIRS, _RECENT_LOGIT = 5, 3.0
+_RECENT_PAIRS, _RECENT_LOGIT = range(4, 11), 3.0
 
 
 @torch.no_grad()
-def induction_heads(model: KimiK25, labels: Sequence[int], generator: torch.Generator) -> None:
+def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int], generator: torch.Generator) -> None:
     """Wire the circuit into a model fresh from `initialise`. labels: the tokens that begin rows of lists and tables, so
-    that rows that are alike for longer than the circuit looks back can be told apart.
+    that rows that are alike for longer than the circuit looks back can be told apart. columns: the tokens that name a
+    column of a row, so that behind a value, however long, the next column can be looked up.
 
-    The residual stream is divided: half holds the token, one direction is the same everywhere, one marks labels, the
-    rest is _CONTEXT + 1 slots. Layer 0, head o: attend to the place o + 1 back (through rope alone, from the constant
-    direction) and write a code of its token into slot o; the last head does so for the label seen last, wherever it
-    stands. Layer 1, head n: attend to places behind the same n + 1 tokens as the last ones here, the last head also
-    behind the same label, and write the token of that place, which lm_head (begun as a copy of the embedding)
-    predicts. The longer match is the rarer and the surer one. Needs q_lora_rank None, v_head_dim = qk_nope_head_dim >=
-    hidden_size / 4 and kv_lora_rank >= hidden_size.
+    The residual stream is divided: half holds the token, one direction is the same everywhere, one marks labels and
+    one columns, the rest is _BACK + 2 slots. Layer 0: heads attend to the places one and two back (through rope alone,
+    from the constant direction), to the label and to the column seen last, wherever they stand, and each writes a code
+    of the token there into its slot. Layer 1: heads attend to places behind the same one token, the same two, and the
+    same two with the same label as here; the last one to places behind the column seen last, columns before others.
+    Each writes the token of its place, which lm_head (begun as a copy of the embedding) predicts. The longer match is
+    the rarer and the surer one. Needs q_lora_rank None, four heads, v_head_dim =
+    qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >= hidden_size.
     """
     text = model.config.text
-    count = _CONTEXT + 1
+    count, label_slot, column_slot = _BACK + 2, _BACK, _BACK + 1
     dim, nope = text.hidden_size, text.qk_nope_head_dim
     if text.q_lora_rank is not None or text.kv_lora_rank < dim or text.v_head_dim != nope or 4 * nope < dim:
         raise ValueError(
@@ -95,9 +98,9 @@ def induction_heads(model: KimiK25, labels: Sequence[int], generator: torch.Gene
         if "o_proj" in name or "down_proj" in name:
             p.mul_(_BRANCH_SCALE)
     half = dim // 2
-    code = (half - 2) // count
+    code = (half - 3) // count
     basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0].T
-    token, constant, label = basis[:half], basis[half], basis[-1]
+    token, constant, column, label = basis[:half], basis[half], basis[-2], basis[-1]
     slots = basis[half + 1 :][: count * code].view(count, code, dim)
 
     embedding = model.language_model.model.embed_tokens.weight
@@ -106,18 +109,21 @@ def induction_heads(model: KimiK25, labels: Sequence[int], generator: torch.Gene
     model.language_model.lm_head.weight.copy_(embedding)
     embedding += constant * _OFFSET
     embedding[torch.tensor(labels, dtype=torch.int64)] += label
+    embedding[torch.tensor(columns, dtype=torch.int64)] += column * _COLUMN_SIZE
     first, second = [module for module in model.modules() if isinstance(module, MLA)][:2]
 
     # A normed input has norm sqrt(dim); its token and constant components follow from the sizes above.
     unit = dim**0.5 / (1 + _OFFSET**2) ** 0.5
     kv_a, kv_b, q, out = _views(first)
+    rope = kv_a[text.kv_lora_rank :]
     kv_a.zero_()
     kv_a[:code] = token[:code]
     kv_a[code] = label * (3 * (code / half) ** 0.5)  # thrice a label's code: so all labels have nearly one norm
     frequencies = model.language_model.model.inv_freq.tolist()
     strength = (_POSITION_LOGIT / first.scale) ** 0.5 / (unit * _OFFSET)
-    for pair in range(_ROPE_PAIRS + _RECENT_PAIRS):
-        kv_a[text.kv_lora_rank + 2 * pair] = constant * strength
+    for pair in range(_RECENT_PAIRS.stop):
+        rope[2 * pair] = constant * strength
+    rope[-2] = column * strength  # the slowest turn: it hardly falls off with distance
     for h in range(count):
         q[h] = 0
         kv_b[h] = 0
@@ -125,42 +131,48 @@ def induction_heads(model: KimiK25, labels: Sequence[int], generator: torch.Gene
         out[:, h] = 0
         # The latent norm leaves a vector of norm sqrt(kv_lora_rank).
         out[:, h, :code] = slots[h].T * (_SLOT_SIZE / count**0.5 / text.kv_lora_rank**0.5)
-    for h in range(_CONTEXT):
+    for h in range(_BACK):
         for pair in range(_ROPE_PAIRS):
             angle = torch.tensor((h + 1) * frequencies[pair])
             q[h, nope + 2 * pair] = constant * strength * angle.cos()
             q[h, nope + 2 * pair + 1] = -constant * strength * angle.sin()
-    # The last head: labels before everything else, and of these the nearest, by slow turns that fall off with distance.
-    out[:, _CONTEXT] *= 10**0.5
-    kv_b[_CONTEXT, 0, code] = 1
-    q[_CONTEXT, 0] = constant * (_LABEL_LOGIT / first.scale / (0.9 * text.kv_lora_rank) ** 0.5 / (unit * _OFFSET))
-    for pair in range(_ROPE_PAIRS, _ROPE_PAIRS + _RECENT_PAIRS):
-        q[_CONTEXT, nope + 2 * pair] = constant * strength * (_RECENT_LOGIT / _POSITION_LOGIT)
+    # Labels, or columns, before everything else, and of these the nearest, by slow turns that fall off with distance.
+    out[:, label_slot] *= 10**0.5
+    kv_b[label_slot, 0, code] = 1
+    q[label_slot, 0] = constant * (_MARK_LOGIT / first.scale / (0.9 * text.kv_lora_rank) ** 0.5 / (unit * _OFFSET))
+    q[column_slot, -2] = constant * (strength * _MARK_LOGIT / _POSITION_LOGIT * _OFFSET / _COLUMN_SIZE)
+    for pair in _RECENT_PAIRS:
+        q[_BACK:, nope + 2 * pair] = constant * strength * (_RECENT_LOGIT / _POSITION_LOGIT)
 
     unit = dim**0.5 / (1 + _OFFSET**2 + _SLOT_SIZE**2) ** 0.5
     kv_a, kv_b, q, out = _views(second)
     kv_a[: count * code] = slots.flatten(0, 1)
     kv_a[count * code :] *= _BRANCH_SCALE
+    kv_a[count * code] = column
     kv_a[half : 2 * half] = token
     # Norms, behind the latent norm, of one slot and of the token.
     latent = text.kv_lora_rank**0.5 / (1 + _SLOT_SIZE**2) ** 0.5
     slot = _SLOT_SIZE / count**0.5
     # What the slots of the next place hold, as this place sees it.
-    here = [token[:code] * (slot * (half / code) ** 0.5), *slots[: _CONTEXT - 1], slots[_CONTEXT]]
-    for n in range(count):
+    here = [token[:code] * (slot * (half / code) ** 0.5), *slots[: _BACK - 1], slots[label_slot]]
+    matches = [*(list(enumerate(here[: n + 1])) for n in range(len(here))), [(0, slots[column_slot])]]
+    for n, match in enumerate(matches):
         q[n] = 0
         kv_b[n] = 0
         out[:, n] = 0
-        width = min(code, nope // (n + 1))
+        width = min(code, nope // len(match))
         gain = (_MATCH_LOGIT / second.scale * code / width) ** 0.5
-        for part in range(n + 1):
+        for part, sought in match:
             place = slice(part * width, (part + 1) * width)
-            q[n, place] = here[part][:width] * (gain / (unit * slot))
+            q[n, place] = sought[:width] * (gain / (unit * slot))
             kv_b[n, place, part * code : part * code + width] = torch.eye(width) * (gain / (latent * slot))
-        size = _OUT_SIZE * (_SURE if n == _CONTEXT else 1)
-        shown = torch.arange(nope) + n * (half - nope) // _CONTEXT
+        size = _OUT_SIZE * (_SURE if n == label_slot else 1)
+        shown = torch.arange(nope) + n * (half - nope) // (count - 1)
         kv_b[n, nope + torch.arange(nope), half + shown] = 1
         out[:, n] = token[shown].T * (size / latent * (half / nope) ** 0.5)
+    gain = (_COLUMN_LOGIT / second.scale) ** 0.5
+    q[column_slot, nope - 1] = constant * (gain / (unit * _OFFSET))
+    kv_b[column_slot, nope - 1, count * code] = gain / (latent * _COLUMN_SIZE)
 
 
 def _views(attn: MLA) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ from baltoro.train.state import read_progress
 from baltoro.world.corpora import folder_corpus, python_corpus
 from baltoro.world.entities import World
 from baltoro.world.lexicon import lexicon
-from baltoro.world.tasks import LABELS
+from baltoro.world.tasks import COLUMNS, LABELS
 
 _WHITENED = 1024
 """Pictures whose patches the tower's embedding begins to whiten."""
@@ -98,7 +98,8 @@ class Run:
         initialise(model, generator)
         if induction:
             labels = [self.tokenizer.encode(label)[-1] for label in LABELS]
-            induction_heads(model, labels, generator)
+            columns = [token for column in COLUMNS for token in self.tokenizer.encode(column)]
+            induction_heads(model, labels, columns, generator)
         return model
 
     def descend(

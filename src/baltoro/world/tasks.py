@@ -4,7 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baltoro.world.entities import Entity, World
+from baltoro.world.entities import PACKAGE_FIELDS, Entity, World
+from baltoro.world.names import ATTRIBUTES
 
 Table = dict[str, dict[str, str]]
 """Row name -> column -> value."""
@@ -37,6 +38,8 @@ _CIRCLED = (("①", "⑳"), ("㉑", "㉟"), ("㊱", "㊿"))
 _ALL_LABELS = "".join(chr(code) for first, last in _CIRCLED for code in range(ord(first), ord(last) + 1))
 LABELS = _ALL_LABELS[:20]
 """Those that a small tokenizer is taught, a token each."""
+COLUMNS = tuple(f"|{key}" for key in (*ATTRIBUTES, *PACKAGE_FIELDS))
+"""What the cells of rows and the lines of pages begin with."""
 
 
 def label(number: int) -> str:
