@@ -17,7 +17,7 @@ from baltoro.rollout.verify import verify
 
 RUN_FILE = Path(__file__).parents[2] / "configs" / "nano.toml"
 TINY = [
-    "threads=1",
+    "threads=2",
     "vit.steps=3",
     "vit.tokens=512",
     "projector.steps=1",

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import resource
 import time
 
 from baltoro.eval.evaluation import Evaluation
@@ -11,6 +10,7 @@ from baltoro.eval.record import episode, gallery, numbers
 from baltoro.eval.wide import WideResult, evaluate_wide, held_out_jobs
 from baltoro.model.kimi import KimiK25, count_parameters
 from baltoro.recipe.run import LEARNS, Run
+from baltoro.train.machine import peak_memory_mb
 from baltoro.train.state import load_state
 
 
@@ -67,9 +67,10 @@ def _record(run: Run, first: WideResult, final: Evaluation, seconds: float) -> N
         command=f"baltoro recipe configs/{run.config.model}.toml",
         wall_s=sum(stage["wall_s"] for stage in stages.values()) + seconds,
         evaluation_s=seconds,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_rss_mb=max(peak_memory_mb(), folder.results["peak_rss_mb"]),
         cores=os.cpu_count(),
         threads=run.config.threads,
+        processes=run.config.processes,
         dtype=str(run.dtype).removeprefix("torch."),
         seed=run.config.seed,
         commit=run.commit,

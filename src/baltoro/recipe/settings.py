@@ -61,7 +61,8 @@ class RecipeConfig:
     """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
     bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
     a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are made by a
-    program of its own, through the gateway."""
+    program of its own, through the gateway. Steps of supervised stages are shared by `processes`, each of which has its
+    part of `threads`."""
 
     folder: Path
     seed: int
@@ -85,3 +86,8 @@ class RecipeConfig:
     expected_s: dict[str, float]
     black_box: bool
     corpus: Path | None = None
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.processes <= self.threads:
+            raise ValueError(f"processes is {self.processes}; it must be from 1 to threads, which is {self.threads}")

@@ -17,6 +17,7 @@ from baltoro.agent.loop import derive_seed
 from baltoro.agent.trace import Trace, spread
 from baltoro.chat.messages import TokenSequence
 from baltoro.model.kimi import KimiK25
+from baltoro.optim.schedule import wsd
 from baltoro.rl.objective import ObjectiveConfig, group_advantages
 from baltoro.rl.update import Sample, UpdateReport, update
 from baltoro.rollout.env import Env
@@ -44,7 +45,7 @@ Weights = Callable[[int], Mapping[str, float]]
 class RLConfig:
     """iterations of `tasks` groups of `rollouts` episodes (K of Eq. 1). ahead: groups that are begun beside them. An
     iteration ends with the first `tasks` groups that are whole; the others are cut and go on in the next, under newer
-    weights (partial rollout, appendix D)."""
+    weights (partial rollout, appendix D). The learning rate falls from `lr` to its share `lr_floor`."""
 
     iterations: int
     tasks: int
@@ -52,6 +53,7 @@ class RLConfig:
     lr: float
     objective: ObjectiveConfig
     trains: tuple[str, ...] = ("language_model", "vision_tower", "mm_projector")
+    lr_floor: float = 1.0
     weight_decay: float = 0.0
     micro_tokens: int = 8192
     ahead: int = 0
@@ -153,7 +155,8 @@ def run_rl(
         groups = asyncio.run(_roll_out(engine, config, opened, policy, seed, iteration, journal))
         signs = weights(iteration)
         samples = [sample for group in groups for sample in _samples(group, signs, engine.weight_version)]
-        result = update(model, optimizer, samples, config.lr, config.objective, config.micro_tokens)
+        lr = config.lr * wsd(iteration, config.iterations, 0, config.iterations, config.lr_floor)
+        result = update(model, optimizer, samples, lr, config.objective, config.micro_tokens)
         tokens += sum(len(s.sequence.ids) for s in samples)
         progress = Progress(name, iteration + 1, time.monotonic() - begin, tokens)
         # Reported first: what is reported behind the checkpoint is dropped on resume, what is missing stays missing.

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import resource
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ def prepare_machine(threads: int, dtype: str) -> torch.dtype:
     if dtype not in choices:
         raise ValueError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
     return choices[dtype]
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held at one time (resident)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def trim_memory() -> None:

@@ -15,7 +15,8 @@ from baltoro.optim.qk_clip import qk_clip
 from baltoro.optim.schedule import wsd
 from baltoro.train.losses import next_token_loss
 from baltoro.train.machine import trim_memory
-from baltoro.train.packing import pack
+from baltoro.train.packing import TrainingBatch, pack
+from baltoro.train.parallel import ALONE, Group
 from baltoro.train.state import Progress, load_state, save_state
 
 
@@ -87,34 +88,59 @@ def run_stage(
     mixture: Mixture,
     checkpoint: Path,
     report: Callable[[StepReport], None],
+    group: Group = ALONE,
 ) -> Progress:
-    """Train in place from wherever `checkpoint` stands; it is rewritten every `save_every_s` seconds and at the end."""
+    """Train in place from wherever `checkpoint` stands; it is rewritten every `save_every_s` seconds and at the end.
+    mixture: this process's share of every step's tokens; the first process of the group alone uses `checkpoint` and
+    `report`, and the others begin as it does."""
     optimizer = optimizer_for(model, config.trains, config.weight_decay)
     progress = Progress(name, 0, 0.0, 0)
-    if checkpoint.exists():
+    leads = group.rank == 0
+    if leads and checkpoint.exists():
         progress = load_state(checkpoint, model, optimizer)
-        if progress.step == config.steps:
-            return progress
+    begun = torch.tensor([progress.step, progress.tokens, optimizer.step_count])
+    group.share([begun, *model.state_dict().values(), *optimizer.state.values()])
+    first, tokens, optimizer.step_count = begun.tolist()
+    if first == config.steps:
+        return progress
     model.train()
     model.language_model.model.recompute = config.recompute
     begin = time.monotonic() - progress.seconds
     saved = time.monotonic()
-    tokens = progress.tokens
-    for step in range(progress.step, config.steps):
+    for step in range(first, config.steps):
         batch = pack(mixture.batch(step), model.config.vision.patch_size)
-        loss = next_token_loss(model, batch)
-        loss.backward()
+        loss, seen = _descend(model, optimizer, batch, group)
         lr = config.lr * wsd(step, config.steps, config.warmup, round(config.decay * config.steps), config.lr_floor)
         norm = optimizer.step(lr)
         clipped = after_step(model, config.balance_rate)
-        tokens += batch.tokens
+        tokens += seen
         seconds = time.monotonic() - begin
-        report(StepReport(step + 1, loss.item(), norm, lr, tokens, seconds, clipped))
+        if leads:
+            report(StepReport(step + 1, loss, norm, lr, tokens, seconds, clipped))
         progress = Progress(name, step + 1, seconds, tokens)
         if step % _TRIM_EVERY == 0:
             trim_memory()
-        if time.monotonic() - saved > config.save_every_s:
+        if leads and time.monotonic() - saved > config.save_every_s:
             save_state(checkpoint, model, optimizer, progress)
             saved = time.monotonic()
-    save_state(checkpoint, model, optimizer, progress)
+    if leads:
+        save_state(checkpoint, model, optimizer, progress)
     return progress
+
+
+def _descend(model: KimiK25, optimizer: MuonAdamW, batch: TrainingBatch, group: Group) -> tuple[float, int]:
+    """Leave the gradients of the mean loss over all targets of the group, and what `after_step` goes by. Returns the
+    loss and the number of tokens of the whole group."""
+    loss = next_token_loss(model, batch)
+    count = len(batch.targets)
+    (loss * count).backward()
+    for p in optimizer.params.values():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads = [p.grad for p in optimizer.params.values() if p.grad is not None]
+    sums = torch.tensor([loss.item() * count, count, batch.tokens])
+    group.add([sums, *grads, *(router.load for router in routers(model))])
+    group.raise_to_highest([m.max_logits for m in model.modules() if isinstance(m, MLA)])
+    total, targets, tokens = sums.tolist()
+    for grad in grads:
+        grad /= targets
+    return total / targets, int(tokens)
