@@ -1,12 +1,14 @@
 """Settings of the process that decide speed and reproducibility."""
 
 import ctypes
+import os
 import platform
 import resource
 from pathlib import Path
 
 import torch
 
+_KERNELS = 256
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -17,6 +19,9 @@ def prepare_machine(threads: int, dtype: str) -> torch.dtype:
     unknown dtype.
     """
     torch.set_num_threads(threads)
+    # Kernels are compiled for every size of a product and kept, 1,024 of them by default: half a GB and more.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(_KERNELS))
     torch.use_deterministic_algorithms(True)
     # Filling every fresh tensor costs a third of a step; nothing here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
