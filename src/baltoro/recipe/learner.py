@@ -136,7 +136,9 @@ class Learner:
         self.descend("pretrain", c.pretrain, pretraining)
         self.stretch()
         self.descend(
-            "longctx", c.longctx.stage, lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, even)
+            "longctx",
+            c.longctx.stage,
+            lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, agents.widths),
         )
         self.descend(
             "sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths, _FAILING)
