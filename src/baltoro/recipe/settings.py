@@ -25,8 +25,8 @@ class ParlConfig:
 
 @dataclass(frozen=True)
 class AgentsConfig:
-    """single, cohort: bounds on the entities of a demonstration; widths: (width, weight) of the cohorts that long context
-    and SFT show, width 0 for all at once."""
+    """single, cohort: bounds on the entities of a demonstration; widths: (width, weight) of the cohorts that long
+    context and SFT show, width 0 for all at once."""
 
     single: tuple[int, int]
     cohort: tuple[int, int]
