@@ -165,6 +165,17 @@ def test_a_killed_process_ends_the_other_and_the_stage_goes_on_bitwise(
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
 
+@pytest.mark.timeout(300)
+def test_a_leader_killed_before_all_have_met_leaves_nobody_behind(tmp_path: Path) -> None:
+    process = _start(tmp_path)
+    while not (others := _others(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()  # ends when nobody holds the pipe
+    assert not any(map(_running, others))
+
+
 def _fails(group: Group) -> None:
     raise ZeroDivisionError(f"of process {group.rank}")
 

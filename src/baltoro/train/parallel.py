@@ -9,6 +9,7 @@ import datetime
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -80,8 +81,17 @@ def leading(size: int, meeting: Path, follow: Callable[[Group], None]) -> Genera
 
 def _follow(rank: int, size: int, meeting: Path, follow: Callable[[Group], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the leader's to answer
+    threading.Thread(target=_end_with_the_leader, daemon=True).start()
     with contextlib.suppress(ConnectionError), _joined(rank, size, meeting) as group:
         follow(group)
+
+
+def _end_with_the_leader() -> None:
+    """Also where no message would tell: before all have met."""
+    leader = multiprocessing.parent_process()
+    assert leader is not None
+    leader.join()
+    os._exit(1)
 
 
 _PATIENCE = datetime.timedelta(days=7)
