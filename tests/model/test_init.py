@@ -38,7 +38,7 @@ def test_untrained_induction_heads_see_a_repetition(half: int, yarn: Yarn | None
 
 
 def test_untrained_induction_heads_follow_the_longest_match() -> None:
-    """The last token occurred twice, with other successors; the tokens before it decide, up to three."""
+    """The last token occurred twice, with other successors; the token before it decides."""
     config = NANO
     generator = torch.Generator().manual_seed(1)
     model = KimiK25(config, media_pad=0)
