@@ -80,8 +80,9 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     The residual stream is divided: half holds the token, one direction is the same everywhere, one marks labels and
     one columns, the rest is _BACK + 2 slots. Layer 0: heads attend to the places one and two back (through rope alone,
     from the constant direction), to the label and to the column seen last, wherever they stand, and each writes a code
-    of the token there into its slot. Layer 1: heads attend to places behind the same one token, the same two, and the
-    same two with the same label as here; the last one to places behind the column seen last, columns before others.
+    of the token there into its slot. Layer 1: heads attend to places behind the same token in the
+    same column, behind the same two tokens, and behind the same two with the same label and column as here; the last
+    one to places behind the column seen last, columns before others.
     Each writes the token of its place, which lm_head (begun as a copy of the embedding) predicts. The longer match is
     the rarer and the surer one. Needs q_lora_rank None, four heads, v_head_dim =
     qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >= hidden_size.
@@ -154,18 +155,19 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     latent = text.kv_lora_rank**0.5 / (1 + _SLOT_SIZE**2) ** 0.5
     slot = _SLOT_SIZE / count**0.5
     # What the slots of the next place hold, as this place sees it.
-    here = [token[:code] * (slot * (half / code) ** 0.5), *slots[: _BACK - 1], slots[label_slot]]
-    matches = [*(list(enumerate(here[: n + 1])) for n in range(len(here))), [(0, slots[column_slot])]]
+    one, two = (0, token[:code] * (slot * (half / code) ** 0.5)), (1, slots[0])
+    same_label, same_column = (label_slot, slots[label_slot]), (column_slot, slots[column_slot])
+    matches = ((one, same_column), (one, two), (one, two, same_label, same_column), ((0, slots[column_slot]),))
     for n, match in enumerate(matches):
         q[n] = 0
         kv_b[n] = 0
         out[:, n] = 0
         width = min(code, nope // len(match))
         gain = (_MATCH_LOGIT / second.scale * code / width) ** 0.5
-        for part, sought in match:
+        for part, (source, sought) in enumerate(match):
             place = slice(part * width, (part + 1) * width)
             q[n, place] = sought[:width] * (gain / (unit * slot))
-            kv_b[n, place, part * code : part * code + width] = torch.eye(width) * (gain / (latent * slot))
+            kv_b[n, place, source * code : source * code + width] = torch.eye(width) * (gain / (latent * slot))
         size = _OUT_SIZE * (_SURE if n == label_slot else 1)
         shown = torch.arange(nope) + n * (half - nope) // (count - 1)
         kv_b[n, nope + torch.arange(nope), half + shown] = 1
