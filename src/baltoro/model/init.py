@@ -80,11 +80,10 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     The residual stream is divided: half holds the token, one direction is the same everywhere, one marks labels and
     one columns, the rest is _BACK + 2 slots. Layer 0: heads attend to the places one and two back (through rope alone,
     from the constant direction), to the label and to the column seen last, wherever they stand, and each writes a code
-    of the token there into its slot. Layer 1: heads attend to places behind the same token in the
-    same column, behind the same two tokens, and behind the same two with the same label and column as here; the last
-    one to places behind the column seen last, columns before others.
-    Each writes the token of its place, which lm_head (begun as a copy of the embedding) predicts. The longer match is
-    the rarer and the surer one. Needs q_lora_rank None, four heads, v_head_dim =
+    of the token there into its slot. Layer 1: heads attend to places behind the same token in the same column, behind
+    the same two tokens, and behind the same two with the same label and column as here; the last one to places behind
+    the column seen last, columns before others. Each writes the token of its place, which lm_head (begun as a copy of
+    the embedding) predicts. The longest match is the rarest and the surest. Needs q_lora_rank None, four heads, v_head_dim =
     qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >= hidden_size.
     """
     text = model.config.text
