@@ -59,3 +59,18 @@ def test_every_kind_of_picture_takes_equally_much_work_and_some_twice_as_much(so
         # Colours, shapes, counts, boxes, points and polygons are of scenes, which are told alike.
         shares = {"scene": 6, "ocr": 2, "motion": 2, "event": 2}.get(kind, 1)
         assert count / work.total() == pytest.approx(shares / 14, rel=0.2), kind
+
+
+def test_a_picture_is_shown_once_and_asked_about_again(sources: Sources) -> None:
+    """Questions behind the first are never the first again."""
+    rng, turns = random.Random(4), Counter[int]()
+    for _ in range(200):
+        example = sources.question(rng)
+        text = sources.tokenizer.decode([i for i in example.ids if i != sources.tokenizer.media_pad])
+        asked = re.findall(r"<\|im_user\|>user<\|im_middle\|>(.*?)<\|im_end\|>", text, re.DOTALL)
+        questions = [question.split("<|media_end|>")[-1].strip() for question in asked]
+        assert "describe" not in questions[:-1]
+        assert len(set(questions)) == len(questions)
+        assert len(example.media) == (2 if "happen" in questions[0] else 1)  # chunks of four frames
+        turns[len(questions)] += 1
+    assert set(turns) == {1, 2, 3, 4}

@@ -37,6 +37,43 @@ def test_every_example_is_small_and_its_answer_is_right(task: str, split: Split)
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_what_was_asked_is_among_all_questions(task: str):
+    for example in examples(task, 3, 30):
+        assert [q.answer for q in example.questions if example.question in q.wordings] == [example.answer]
+
+
+def test_all_questions_about_a_scene_follow_from_its_description():
+    """Answers are worked out again from the caption, `red circle 4 7 12 15; ...`."""
+    seen: set[str] = set()
+    for example in (e for task in ("colour", "count", "polygon") for e in examples(task, 4, 40)):
+        things = [part.split() for part in example.caption.split("; ")]
+        for wordings, answer in example.questions:
+            assert len(set(wordings)) == 3
+            what, *words = wordings[0].rstrip("?").replace("crosses", "cross").split()
+            seen.add(what)
+            if what == "how":  # many circles, many red objects
+                named = words[1] if len(words) == 3 else words[1].removesuffix("s" if words[1] != "cross" else "")
+                assert int(answer) == sum(named in thing[:2] for thing in things)
+                continue
+            named = [word for word in words if any(word in thing[:2] for thing in things)]
+            (thing,) = [thing for thing in things if set(named) <= set(thing[:2])]
+            x0, y0, x1, y1 = map(int, thing[2:])
+            if what in ("colour", "shape"):
+                assert answer == thing[what == "shape"]
+            elif what == "box":
+                assert answer.split() == thing[2:]
+            elif what == "point":
+                x, y = map(int, answer.split())
+                assert abs(2 * x - x0 - x1) <= 2
+                assert abs(2 * y - y0 - y1) <= 2
+            else:
+                xs, ys = map(int, answer.split()[::2]), map(int, answer.split()[1::2])
+                assert set(xs) >= {x0, x1}
+                assert set(ys) == {y0, y1}
+    assert seen == {"how", "colour", "shape", "box", "point", "outline"}
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_seed_decides_everything(task: str):
     for first, again, other in zip(examples(task, 7, 20), examples(task, 7, 20), examples(task, 8, 20), strict=True):
         assert (first.question, first.answer, first.gold, first.caption) == (

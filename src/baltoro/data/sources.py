@@ -16,6 +16,8 @@ from baltoro.world.vision import VISION_TASKS, VisionTask
 _VISION = list(VISION_TASKS.values())
 _SLOW = ("ocr", "motion", "event")
 """What the tower learns last is described twice as much as the rest."""
+_FURTHER = 2
+"""Questions about one picture beside the first, as far as it has any: they come without its tokens."""
 
 
 class Sources:
@@ -80,8 +82,8 @@ class Sources:
         return self._caption(rng, task)
 
     def question(self, rng: random.Random) -> TokenSequence:
-        """Picture or clip and a question -> the short answer, then, every second time, the description of the same
-        picture. Every family for equally many tokens."""
+        """Picture or clip and a question -> the short answer, then further questions about the same picture and, every
+        second time, its description. Every family for equally many tokens."""
         (task,) = rng.choices(_VISION, self._question_odds)
         return self._question(rng, task)
 
@@ -96,6 +98,9 @@ class Sources:
     def _question(self, rng: random.Random, task: VisionTask) -> TokenSequence:
         example = task.sample(rng, "train")
         dialogue = [user(example.media, example.question), assistant(example.answer)]
+        others = [other for other in example.questions if example.question not in other.wordings]
+        for other in rng.sample(others, min(_FURTHER, len(others))):
+            dialogue += [user(rng.choice(other.wordings)), assistant(other.answer)]
         if rng.random() < 0.5:
             dialogue += [user("describe"), assistant(example.caption)]
         return self.chat(dialogue)

@@ -25,9 +25,17 @@ from baltoro.world.lettering import sample_lettering
 from baltoro.world.scenes import ALONE, COLOUR_NAMES, CROWD, FEW, GRID, SHAPES, Scene, Split, Thing, place
 
 
+class Question(NamedTuple):
+    """One question in all of its wordings."""
+
+    wordings: tuple[str, ...]
+    answer: str
+
+
 @dataclass(frozen=True, eq=False)
 class VisionExample:
-    """`gold` is what `VisionTask.score` compares with: JSON-able. `caption` describes the media completely."""
+    """`gold` is what `VisionTask.score` compares with: JSON-able. `caption` describes the media completely;
+    `questions` are all that can be asked about them."""
 
     task: str
     media: Image | Clip
@@ -35,6 +43,7 @@ class VisionExample:
     answer: str
     gold: object
     caption: str
+    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
@@ -78,20 +87,70 @@ def _scene(rng: random.Random, split: Split, target: Kind, differs: Callable[[Ki
             return scene
 
 
+def _ask_colour(shape: str) -> tuple[str, ...]:
+    return f"colour of the {shape}?", f"what colour is the {shape}?", f"which colour has the {shape}?"
+
+
+def _ask_shape(colour: str) -> tuple[str, ...]:
+    return f"shape of the {colour} object?", f"what shape is {colour}?", f"which shape has the {colour} object?"
+
+
+def _ask_count(what: str) -> tuple[str, ...]:
+    return f"how many {what}?", f"count the {what}", f"number of {what}?"
+
+
+def _ask_box(thing: Thing) -> tuple[str, ...]:
+    return f"box of the {thing.name}", f"box the {thing.name}", f"bounds of the {thing.name}"
+
+
+def _ask_point(thing: Thing) -> tuple[str, ...]:
+    return f"point at the {thing.name}", f"centre of the {thing.name}", f"where is the {thing.name}?"
+
+
+def _ask_polygon(thing: Thing) -> tuple[str, ...]:
+    return f"outline of the {thing.name}", f"outline the {thing.name}", f"corners of the {thing.name}"
+
+
+def _several(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
+
+
+def _example(
+    rng: random.Random, task: str, scene: Scene, wordings: Sequence[str], answer: str, gold: object
+) -> VisionExample:
+    return VisionExample(task, scene.render(), rng.choice(wordings), answer, gold, scene.caption(), _about(scene))
+
+
+def _about(scene: Scene) -> tuple[Question, ...]:
+    """All questions that have one answer in the scene."""
+    colours = Counter(thing.colour for thing in scene.things)
+    shapes = Counter(thing.shape for thing in scene.things)
+    kinds = Counter(thing.name for thing in scene.things)
+    found = [Question(_ask_count(f"{colour} objects"), str(n)) for colour, n in colours.items()]
+    found += [Question(_ask_count(_several(shape)), str(n)) for shape, n in shapes.items()]
+    for thing in scene.things:
+        if shapes[thing.shape] == 1:
+            found.append(Question(_ask_colour(thing.shape), thing.colour))
+        if colours[thing.colour] == 1:
+            found.append(Question(_ask_shape(thing.colour), thing.shape))
+        if kinds[thing.name] == 1:
+            found.append(Question(_ask_box(thing), _numbers(scene.box(thing))))
+            found.append(Question(_ask_point(thing), _numbers(scene.point(thing))))
+            if thing.shape in _OUTLINED:
+                found.append(Question(_ask_polygon(thing), _numbers(scene.outline(thing))))
+    return tuple(found)
+
+
 def _colour(rng: random.Random, split: Split) -> VisionExample:
     colour, shape = target = _kind(rng)
     scene = _scene(rng, split, target, lambda kind: kind[1] != shape)
-    question = rng.choice((f"colour of the {shape}?", f"what colour is the {shape}?", f"which colour has the {shape}?"))
-    return VisionExample("colour", scene.render(), question, colour, colour, scene.caption())
+    return _example(rng, "colour", scene, _ask_colour(shape), colour, colour)
 
 
 def _shape(rng: random.Random, split: Split) -> VisionExample:
     colour, shape = target = _kind(rng)
     scene = _scene(rng, split, target, lambda kind: kind[0] != colour)
-    question = rng.choice(
-        (f"shape of the {colour} object?", f"what shape is {colour}?", f"which shape has the {colour} object?")
-    )
-    return VisionExample("shape", scene.render(), question, shape, shape, scene.caption())
+    return _example(rng, "shape", scene, _ask_shape(colour), shape, shape)
 
 
 def _count(rng: random.Random, split: Split) -> VisionExample:
@@ -110,9 +169,8 @@ def _count(rng: random.Random, split: Split) -> VisionExample:
         kinds = [_other(rng, counted) for _ in range(count)]
         kinds += [_other(rng, lambda kind: not counted(kind)) for _ in range(others)]
         scene = place(rng, split, room, kinds)
-    what = ("crosses" if shape == "cross" else f"{shape}s") if by_shape else f"{colour} objects"
-    question = rng.choice((f"how many {what}?", f"count the {what}", f"number of {what}?"))
-    return VisionExample("count", scene.render(), question, str(count), count, scene.caption())
+    what = _several(shape) if by_shape else f"{colour} objects"
+    return _example(rng, "count", scene, _ask_count(what), str(count), count)
 
 
 def _referred(rng: random.Random, split: Split, shapes: Sequence[str] = SHAPES) -> tuple[Scene, Thing]:
@@ -124,24 +182,21 @@ def _referred(rng: random.Random, split: Split, shapes: Sequence[str] = SHAPES) 
 
 def _box(rng: random.Random, split: Split) -> VisionExample:
     scene, thing = _referred(rng, split)
-    question = rng.choice((f"box of the {thing.name}", f"box the {thing.name}", f"bounds of the {thing.name}"))
     gold = scene.box(thing)
-    return VisionExample("box", scene.render(), question, _numbers(gold), gold, scene.caption())
+    return _example(rng, "box", scene, _ask_box(thing), _numbers(gold), gold)
 
 
 def _point(rng: random.Random, split: Split) -> VisionExample:
     scene, thing = _referred(rng, split)
-    question = rng.choice((f"point at the {thing.name}", f"centre of the {thing.name}", f"where is the {thing.name}?"))
     point = scene.point(thing)
     gold = {"point": point, "size": [scene.width, scene.height]}
-    return VisionExample("point", scene.render(), question, _numbers(point), gold, scene.caption())
+    return _example(rng, "point", scene, _ask_point(thing), _numbers(point), gold)
 
 
 def _polygon(rng: random.Random, split: Split) -> VisionExample:
     scene, thing = _referred(rng, split, _OUTLINED)
-    question = rng.choice((f"outline of the {thing.name}", f"outline the {thing.name}", f"corners of the {thing.name}"))
     gold = scene.outline(thing)
-    return VisionExample("polygon", scene.render(), question, _numbers(gold), gold, scene.caption())
+    return _example(rng, "polygon", scene, _ask_polygon(thing), _numbers(gold), gold)
 
 
 # Charts, text, digits, clips
@@ -149,47 +204,60 @@ def _polygon(rng: random.Random, split: Split) -> VisionExample:
 
 def _chart(rng: random.Random, split: Split) -> VisionExample:
     chart = sample_chart(rng, split)
+    tallest, lowest = ("tallest bar?", "which bar is tallest?"), ("lowest bar?", "which bar is lowest?")
+    heights = [
+        Question((f"height of the {bar.colour} bar?", f"how tall is the {bar.colour} bar?"), str(bar.height))
+        for bar in chart.bars
+    ]
+    questions = (Question(tallest, chart.tallest.colour), Question(lowest, chart.lowest.colour), *heights)
     kind = rng.randrange(4)
     if kind == 0:
-        question, gold = rng.choice(("tallest bar?", "which bar is tallest?")), chart.tallest.colour
+        question, gold = rng.choice(tallest), chart.tallest.colour
     elif kind == 1:
-        question, gold = rng.choice(("lowest bar?", "which bar is lowest?")), chart.lowest.colour
+        question, gold = rng.choice(lowest), chart.lowest.colour
     else:
-        bar = rng.choice(chart.bars)
-        question = rng.choice((f"height of the {bar.colour} bar?", f"how tall is the {bar.colour} bar?"))
-        gold = bar.height
-    return VisionExample("chart", chart.render(rng), question, str(gold), gold, chart.caption())
+        which = rng.randrange(len(chart.bars))
+        question, gold = rng.choice(heights[which].wordings), chart.bars[which].height
+    return VisionExample("chart", chart.render(rng), question, str(gold), gold, chart.caption(), questions)
 
 
 def _ocr(rng: random.Random, split: Split) -> VisionExample:
     lettering = sample_lettering(rng, split)
-    question = rng.choice(("read the text", "what does it say?", "what is written?"))
+    only = Question(("read the text", "what does it say?", "what is written?"), lettering.text)
+    question = rng.choice(only.wordings)
     return VisionExample(
-        "ocr", lettering.render(rng), question, lettering.text, lettering.text, f"text {lettering.text}"
+        "ocr", lettering.render(rng), question, only.answer, lettering.text, f"text {lettering.text}", (only,)
     )
 
 
 def _digit(rng: random.Random, split: Split) -> VisionExample:
     digit = sample_digit(rng, split)
-    question = rng.choice(("which digit?", "what digit is this?", "read the digit"))
-    return VisionExample("digit", digit.render(rng), question, str(digit.value), digit.value, f"digit {digit.value}")
+    only = Question(("which digit?", "what digit is this?", "read the digit"), str(digit.value))
+    question = rng.choice(only.wordings)
+    return VisionExample(
+        "digit", digit.render(rng), question, only.answer, digit.value, f"digit {digit.value}", (only,)
+    )
 
 
 def _motion(rng: random.Random, split: Split) -> VisionExample:
     motion = sample_motion(rng, split)
-    question = rng.choice(
-        (f"where does the {motion.shape} move?", f"which way does the {motion.shape} move?", "direction of motion?")
+    shape = motion.shape
+    only = Question(
+        (f"where does the {shape} move?", f"which way does the {shape} move?", "direction of motion?"), motion.direction
     )
-    return VisionExample("motion", motion.render(rng), question, motion.direction, motion.direction, motion.caption())
+    question = rng.choice(only.wordings)
+    return VisionExample(
+        "motion", motion.render(rng), question, only.answer, motion.direction, motion.caption(), (only,)
+    )
 
 
 def _event(rng: random.Random, split: Split) -> VisionExample:
     event = sample_event(rng, split)
-    if rng.random() < 0.5:
-        question, gold = rng.choice(("what happens?", f"what happens to the {event.shape}?")), event.kind
-    else:
-        question, gold = rng.choice(("when does it happen?", "at which second does it happen?")), event.second
-    return VisionExample("event", event.render(rng), question, str(gold), gold, event.caption())
+    what = Question(("what happens?", f"what happens to the {event.shape}?"), event.kind)
+    when = Question(("when does it happen?", "at which second does it happen?"), str(event.second))
+    asked, gold = (what, event.kind) if rng.random() < 0.5 else (when, event.second)
+    question = rng.choice(asked.wordings)
+    return VisionExample("event", event.render(rng), question, asked.answer, gold, event.caption(), (what, when))
 
 
 # Scores
