@@ -142,7 +142,7 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     q[label_slot, 0] = constant * (_MARK_LOGIT / first.scale / (0.9 * text.kv_lora_rank) ** 0.5 / (unit * _OFFSET))
     q[column_slot, -2] = constant * (strength * _MARK_LOGIT / _POSITION_LOGIT * _OFFSET / _COLUMN_SIZE)
     for pair in _RECENT_PAIRS:
-        q[_BACK:, nope + 2 * pair] = constant * strength * (_RECENT_LOGIT / _POSITION_LOGIT)
+        q[_BACK:count, nope + 2 * pair] = constant * strength * (_RECENT_LOGIT / _POSITION_LOGIT)
 
     unit = dim**0.5 / (1 + _OFFSET**2 + _SLOT_SIZE**2) ** 0.5
     kv_a, kv_b, q, out = _views(second)
