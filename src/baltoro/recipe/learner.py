@@ -27,8 +27,8 @@ from baltoro.world.tasks import COLUMNS, LABELS
 
 _WHITENED = 1024
 """Pictures whose patches the tower's embedding begins to whiten."""
-_FAILING = 0.05
-"""Share of subagents without an answer in SFT: one that fails is not to harm the others' rows."""
+_FAILING = 0.1
+"""Share of subagents without an answer, from long context on: one that fails is not to harm the others' rows."""
 
 
 def corpus_of(config: RecipeConfig) -> Corpus:
@@ -138,7 +138,7 @@ class Learner:
         self.descend(
             "longctx",
             c.longctx.stage,
-            lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, agents.widths),
+            lambda rng: self.text_sources(rng, c.longctx.single, c.longctx.cohort, agents.widths, _FAILING),
         )
         self.descend(
             "sft", c.sft, lambda rng: self.text_sources(rng, agents.single, agents.cohort, agents.widths, _FAILING)
