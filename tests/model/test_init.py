@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,6 +11,22 @@ from baltoro.model.packed import Segments
 from baltoro.model.vit import VisionTower
 
 LABELS, COLUMNS = range(2020, 2040), range(2000, 2020)
+
+
+def _untrained(
+    seed: int, labels: Sequence[int] = LABELS, columns: Sequence[int] = COLUMNS
+) -> tuple[KimiK25, torch.Generator]:
+    """A nano model with the circuit and nothing learned, and the generator behind it."""
+    generator = torch.Generator().manual_seed(seed)
+    model = KimiK25(NANO, media_pad=0)
+    initialise(model, generator)
+    induction_heads(model, labels, columns, generator)
+    return model.eval().requires_grad_(False), generator
+
+
+def _logits(model: KimiK25, ids: list[int]) -> torch.Tensor:
+    """[len(ids), vocab] of one sequence."""
+    return model.logits(model(Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])))
 
 
 def _second_half(config: ModelConfig, wired: bool, half: int) -> float:
@@ -39,19 +56,13 @@ def test_untrained_induction_heads_see_a_repetition(half: int, yarn: Yarn | None
 
 def test_untrained_induction_heads_follow_the_longest_match() -> None:
     """The last token occurred twice, with other successors; the token before it decides."""
-    config = NANO
-    generator = torch.Generator().manual_seed(1)
-    model = KimiK25(config, media_pad=0)
-    initialise(model, generator)
-    induction_heads(model, LABELS, COLUMNS, generator)
-    model.eval().requires_grad_(False)
+    model, generator = _untrained(1)
     right = 0
     for _ in range(20):
         one, two, last, *rest = torch.randperm(2000, generator=generator)[:60].add(1).tolist()
         for before, wanted in ((one, rest[0]), (two, rest[1])):
             ids = [*rest[2:20], one, last, rest[0], *rest[20:40], two, last, rest[1], *rest[40:], before, last]
-            batch = Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])
-            right += int(model.logits(model(batch))[-1].argmax()) == wanted
+            right += int(_logits(model, ids)[-1].argmax()) == wanted
     assert right >= 36
 
 
@@ -60,18 +71,13 @@ def _rows_told_apart(marked: bool) -> float:
     all rows have, one of four values, and five tokens that all rows have."""
     right = 0
     for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        model = KimiK25(NANO, media_pad=0)
-        initialise(model, generator)
-        induction_heads(model, LABELS if marked else (), COLUMNS, generator)
-        model.eval().requires_grad_(False)
+        model, generator = _untrained(seed, labels=LABELS if marked else ())
         key, end, values = torch.randperm(2000, generator=generator)[:17].add(1).split((8, 5, 4))
         value = values[torch.randint(4, (12,), generator=generator)].tolist()
         rows = [[LABELS[i], *key.tolist(), value[i], *end.tolist()] for i in range(12)]
         order = torch.randperm(12, generator=generator).tolist()
         ids = [token for i in order for token in rows[i]] + [token for row in rows for token in row]
-        hidden = model(Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), []))
-        guesses = model.logits(hidden).argmax(-1)[len(ids) // 2 + 8 :: 15].tolist()
+        guesses = _logits(model, ids).argmax(-1)[len(ids) // 2 + 8 :: 15].tolist()
         right += sum(guess == want for guess, want in zip(guesses, value, strict=True))
     return right / (8 * 12)
 
@@ -87,11 +93,7 @@ def _next_columns(marked: bool, length: int) -> int:
     all of them in another order, then a row's cell whose value of `length` tokens stands nowhere else."""
     right = 0
     for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        model = KimiK25(NANO, media_pad=0)
-        initialise(model, generator)
-        induction_heads(model, LABELS, COLUMNS if marked else (), generator)
-        model.eval().requires_grad_(False)
+        model, generator = _untrained(seed, columns=COLUMNS if marked else ())
         columns = [COLUMNS[i] for i in torch.randperm(20, generator=generator)[:5].tolist()]
         words = torch.randperm(1990, generator=generator).add(1).tolist()
         asked, wanted = columns[1], columns[3]
@@ -99,15 +101,15 @@ def _next_columns(marked: bool, length: int) -> int:
         page = [token for column in columns for token in (words.pop(), column, words.pop(), words.pop())]
         cell = [LABELS[3], words.pop(), asked, *(words.pop() for _ in range(length))]
         ids = [words.pop(), *listed, words.pop(), *page, words.pop(), *cell]
-        logits = model.logits(model(Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])))[-1]
+        logits = _logits(model, ids)[-1]
         right += max(columns, key=logits.tolist().__getitem__) == wanted
     return right
 
 
-@pytest.mark.parametrize("length", [2, 6])
-def test_untrained_induction_heads_know_the_next_column(length: int) -> None:
+@pytest.mark.parametrize(("length", "known"), [(2, 10), (6, 12)])
+def test_untrained_induction_heads_know_the_next_column(length: int, known: int) -> None:
     """However long the value before it is."""
-    assert _next_columns(marked=True, length=length) >= 10
+    assert _next_columns(marked=True, length=length) >= known
     assert _next_columns(marked=False, length=length) <= 5
 
 
@@ -116,19 +118,14 @@ def _columns_told_apart(marked: bool) -> float:
     differently; a row with the page's label has them in another order."""
     right = 0
     for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        model = KimiK25(NANO, media_pad=0)
-        initialise(model, generator)
-        induction_heads(model, LABELS, COLUMNS if marked else (), generator)
-        model.eval().requires_grad_(False)
+        model, generator = _untrained(seed, columns=COLUMNS if marked else ())
         columns = [COLUMNS[i] for i in torch.randperm(20, generator=generator)[:5].tolist()]
         start, values = torch.randperm(1990, generator=generator)[:8].add(1).split((3, 5))
         cells = [[column, *start.tolist(), value] for column, value in zip(columns, values.tolist(), strict=True)]
         order = torch.randperm(5, generator=generator).tolist()
         page = [token for cell in cells for token in cell]
         ids = [LABELS[3], *page, LABELS[3]] + [token for i in order for token in cells[i]]
-        logits = model.logits(model(Batch(torch.tensor(ids), Segments([len(ids)]), torch.empty(0, 3, 8, 8), [])))
-        guesses = logits.argmax(-1)[len(ids) // 2 + 4 :: 5].tolist()
+        guesses = _logits(model, ids).argmax(-1)[len(ids) // 2 + 4 :: 5].tolist()
         right += sum(guess == cells[i][-1] for guess, i in zip(guesses, order, strict=True))
     return right / (8 * 5)
 

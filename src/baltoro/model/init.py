@@ -83,7 +83,7 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     of the token there into its slot. Layer 1: heads attend to places behind the same token in the same column, behind
     the same two tokens, and behind the same two with the same label and column as here; the last one to places behind
     the column seen last, columns before others. Each writes the token of its place, which lm_head (begun as a copy of
-    the embedding) predicts. The longest match is the rarest and the surest. Needs q_lora_rank None, four heads,
+    the embedding) predicts. The longest match is the rarest and the surest. Needs q_lora_rank None, four heads or more,
     v_head_dim = qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >= hidden_size.
     """
     text = model.config.text

@@ -82,38 +82,27 @@ def _scene(rng: random.Random, split: Split, target: Kind, differs: Callable[[Ki
             return scene
 
 
-def _ask_colour(shape: str) -> tuple[str, ...]:
-    return f"colour of the {shape}?", f"what colour is the {shape}?", f"which colour has the {shape}?"
+_WORDINGS = {
+    "colour": ("colour of the {}?", "what colour is the {}?", "which colour has the {}?"),
+    "shape": ("shape of the {} object?", "what shape is {}?", "which shape has the {} object?"),
+    "count": ("how many {}?", "count the {}", "number of {}?"),
+    "box": ("box of the {}", "box the {}", "bounds of the {}"),
+    "point": ("point at the {}", "centre of the {}", "where is the {}?"),
+    "polygon": ("outline of the {}", "outline the {}", "corners of the {}"),
+}
 
 
-def _ask_shape(colour: str) -> tuple[str, ...]:
-    return f"shape of the {colour} object?", f"what shape is {colour}?", f"which shape has the {colour} object?"
-
-
-def _ask_count(what: str) -> tuple[str, ...]:
-    return f"how many {what}?", f"count the {what}", f"number of {what}?"
-
-
-def _ask_box(thing: Thing) -> tuple[str, ...]:
-    return f"box of the {thing.name}", f"box the {thing.name}", f"bounds of the {thing.name}"
-
-
-def _ask_point(thing: Thing) -> tuple[str, ...]:
-    return f"point at the {thing.name}", f"centre of the {thing.name}", f"where is the {thing.name}?"
-
-
-def _ask_polygon(thing: Thing) -> tuple[str, ...]:
-    return f"outline of the {thing.name}", f"outline the {thing.name}", f"corners of the {thing.name}"
+def _ask(task: str, subject: str) -> tuple[str, ...]:
+    return tuple(wording.format(subject) for wording in _WORDINGS[task])
 
 
 def _several(shape: str) -> str:
     return "crosses" if shape == "cross" else f"{shape}s"
 
 
-def _example(
-    rng: random.Random, task: str, scene: Scene, wordings: Sequence[str], answer: str, gold: object
-) -> VisionExample:
-    return VisionExample(task, scene.render(), rng.choice(wordings), answer, gold, scene.caption(), _about(scene))
+def _example(rng: random.Random, task: str, scene: Scene, subject: str, answer: str, gold: object) -> VisionExample:
+    question = rng.choice(_ask(task, subject))
+    return VisionExample(task, scene.render(), question, answer, gold, scene.caption(), _about(scene))
 
 
 def _about(scene: Scene) -> tuple[Question, ...]:
@@ -121,31 +110,31 @@ def _about(scene: Scene) -> tuple[Question, ...]:
     colours = Counter(thing.colour for thing in scene.things)
     shapes = Counter(thing.shape for thing in scene.things)
     kinds = Counter(thing.name for thing in scene.things)
-    found = [Question(_ask_count(f"{colour} objects"), str(n)) for colour, n in colours.items()]
-    found += [Question(_ask_count(_several(shape)), str(n)) for shape, n in shapes.items()]
+    found = [Question(_ask("count", f"{colour} objects"), str(n)) for colour, n in colours.items()]
+    found += [Question(_ask("count", _several(shape)), str(n)) for shape, n in shapes.items()]
     for thing in scene.things:
         if shapes[thing.shape] == 1:
-            found.append(Question(_ask_colour(thing.shape), thing.colour))
+            found.append(Question(_ask("colour", thing.shape), thing.colour))
         if colours[thing.colour] == 1:
-            found.append(Question(_ask_shape(thing.colour), thing.shape))
+            found.append(Question(_ask("shape", thing.colour), thing.shape))
         if kinds[thing.name] == 1:
-            found.append(Question(_ask_box(thing), _numbers(scene.box(thing))))
-            found.append(Question(_ask_point(thing), _numbers(scene.point(thing))))
+            found.append(Question(_ask("box", thing.name), _numbers(scene.box(thing))))
+            found.append(Question(_ask("point", thing.name), _numbers(scene.point(thing))))
             if thing.shape in _OUTLINED:
-                found.append(Question(_ask_polygon(thing), _numbers(scene.outline(thing))))
+                found.append(Question(_ask("polygon", thing.name), _numbers(scene.outline(thing))))
     return tuple(found)
 
 
 def _colour(rng: random.Random, split: Split) -> VisionExample:
     colour, shape = target = _kind(rng)
     scene = _scene(rng, split, target, lambda kind: kind[1] != shape)
-    return _example(rng, "colour", scene, _ask_colour(shape), colour, colour)
+    return _example(rng, "colour", scene, shape, colour, colour)
 
 
 def _shape(rng: random.Random, split: Split) -> VisionExample:
     colour, shape = target = _kind(rng)
     scene = _scene(rng, split, target, lambda kind: kind[0] != colour)
-    return _example(rng, "shape", scene, _ask_shape(colour), shape, shape)
+    return _example(rng, "shape", scene, colour, shape, shape)
 
 
 def _count(rng: random.Random, split: Split) -> VisionExample:
@@ -165,7 +154,7 @@ def _count(rng: random.Random, split: Split) -> VisionExample:
         kinds += [_other(rng, lambda kind: not counted(kind)) for _ in range(others)]
         scene = place(rng, split, room, kinds)
     what = _several(shape) if by_shape else f"{colour} objects"
-    return _example(rng, "count", scene, _ask_count(what), str(count), count)
+    return _example(rng, "count", scene, what, str(count), count)
 
 
 def _referred(rng: random.Random, split: Split, shapes: Sequence[str] = SHAPES) -> tuple[Scene, Thing]:
@@ -178,20 +167,20 @@ def _referred(rng: random.Random, split: Split, shapes: Sequence[str] = SHAPES) 
 def _box(rng: random.Random, split: Split) -> VisionExample:
     scene, thing = _referred(rng, split)
     gold = scene.box(thing)
-    return _example(rng, "box", scene, _ask_box(thing), _numbers(gold), gold)
+    return _example(rng, "box", scene, thing.name, _numbers(gold), gold)
 
 
 def _point(rng: random.Random, split: Split) -> VisionExample:
     scene, thing = _referred(rng, split)
     point = scene.point(thing)
     gold = {"point": point, "size": [scene.width, scene.height]}
-    return _example(rng, "point", scene, _ask_point(thing), _numbers(point), gold)
+    return _example(rng, "point", scene, thing.name, _numbers(point), gold)
 
 
 def _polygon(rng: random.Random, split: Split) -> VisionExample:
     scene, thing = _referred(rng, split, _OUTLINED)
     gold = scene.outline(thing)
-    return _example(rng, "polygon", scene, _ask_polygon(thing), _numbers(gold), gold)
+    return _example(rng, "polygon", scene, thing.name, _numbers(gold), gold)
 
 
 # Charts, text, digits, clips
