@@ -64,7 +64,7 @@ _OUT_SIZE = 3.0
 _BRANCH_SCALE = 0.01
 _ROPE_PAIRS = 6
 _OFFSET = 0.7
-_BACK = 2
+_BACK = 3
 _MARK_LOGIT = 40.0
 _COLUMN_SIZE, _COLUMN_LOGIT = 0.5, 8.0
 _SURE = 1.5
@@ -78,13 +78,13 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     column of a row, so that behind a value, however long, the next column can be looked up.
 
     The residual stream is divided: half holds the token, one direction is the same everywhere, one marks labels and
-    one columns, the rest is _BACK + 2 slots. Layer 0: heads attend to the places one and two back (through rope alone,
+    one columns, the rest is _BACK + 2 slots. Layer 0: heads attend to the places one to three back (through rope alone,
     from the constant direction), to the label and to the column seen last, wherever they stand, and each writes a code
-    of the token there into its slot. Layer 1: heads attend to places behind the same token in the same column, behind
-    the same two tokens, and behind the same two with the same label and column as here; the last one to places behind
+    of the token there into its slot. Layer 1: heads attend to places behind the same one, two or three tokens: one and
+    two in the same column as here, three anywhere and, the surest, under the same label; the last head to places behind
     the column seen last, columns before others. Each writes the token of its place, which lm_head (begun as a copy of
-    the embedding) predicts. The longest match is the rarest and the surest. Needs q_lora_rank None, four heads or more,
-    v_head_dim = qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >= hidden_size.
+    the embedding) predicts. Three tokens, because two do not tell where in 2.0.0 one is. Needs q_lora_rank None, five
+    heads or more, v_head_dim = qk_nope_head_dim >= hidden_size / 4 and kv_lora_rank >= hidden_size.
     """
     text = model.config.text
     count, label_slot, column_slot = _BACK + 2, _BACK, _BACK + 1
@@ -154,9 +154,15 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     latent = text.kv_lora_rank**0.5 / (1 + _SLOT_SIZE**2) ** 0.5
     slot = _SLOT_SIZE / count**0.5
     # What the slots of the next place hold, as this place sees it.
-    one, two = (0, token[:code] * (slot * (half / code) ** 0.5)), (1, slots[0])
+    one, two, three = (0, token[:code] * (slot * (half / code) ** 0.5)), (1, slots[0]), (2, slots[1])
     same_label, same_column = (label_slot, slots[label_slot]), (column_slot, slots[column_slot])
-    matches = ((one, same_column), (one, two), (one, two, same_label, same_column), ((0, slots[column_slot]),))
+    matches = (
+        (one, same_column),
+        (one, two, three),
+        (one, two, same_column),
+        (one, two, three, same_label),
+        ((0, slots[column_slot]),),
+    )
     for n, match in enumerate(matches):
         q[n] = 0
         kv_b[n] = 0

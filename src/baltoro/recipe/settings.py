@@ -45,14 +45,19 @@ class LongContextConfig:
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """The small dense language model of the ViT stage: the main one's widths with fewer and narrower layers."""
+    """The small dense language model of the ViT stage: the main one's widths with fewer heads and fewer, narrower layers."""
 
     num_layers: int
+    num_heads: int
     intermediate_size: int
 
     def of(self, text: TextConfig) -> TextConfig:
         return dataclasses.replace(
-            text, num_layers=self.num_layers, first_k_dense=self.num_layers, intermediate_size=self.intermediate_size
+            text,
+            num_layers=self.num_layers,
+            first_k_dense=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
         )
 
 
