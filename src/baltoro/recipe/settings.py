@@ -45,7 +45,7 @@ class LongContextConfig:
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """The small dense language model of the ViT stage: the main one's widths with fewer heads and fewer, narrower layers."""
+    """The small dense language model of the ViT stage: the main one's width with less of all else."""
 
     num_layers: int
     num_heads: int
