@@ -29,7 +29,7 @@ TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
 
 def _model() -> KimiK25:
     text = dataclasses.replace(
-        NANO.text, vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_layers=2, initializer_range=0.1
+        NANO.text, vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_layers=2, num_heads=4, initializer_range=0.1
     )
     model = KimiK25(dataclasses.replace(NANO, text=text), TOKENIZER.media_pad)
     initialise(model, torch.Generator().manual_seed(0))

@@ -33,7 +33,7 @@ SOURCES = {"text": lambda rng: _example(rng, False), "picture": lambda rng: _exa
 MIXTURE = Mixture(lambda rng: SOURCES, {"text": 0.5, "picture": 0.5}, 200, seed=3)
 CONFIG = dataclasses.replace(
     NANO,
-    text=dataclasses.replace(NANO.text, vocab_size=64, hidden_size=32, num_layers=2, intermediate_size=32),
+    text=dataclasses.replace(NANO.text, vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=32),
     vision=dataclasses.replace(NANO.vision, num_layers=1, hidden_size=32, intermediate_size=32),
 )
 

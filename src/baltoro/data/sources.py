@@ -2,6 +2,7 @@
 
 import functools
 import random
+import re
 from collections.abc import Callable
 
 from baltoro.chat.media import MediaSpec
@@ -39,8 +40,9 @@ class Sources:
 
     def restated(self, rng: random.Random, world: World) -> TokenSequence:
         """Facts and the same facts again in another order or form: a page and its lines shuffled, a page and rows that
-        it fills in, a table's rows in the order of a numbered list, a numbered list and its copy. Only the second time
-        is a target, for only then the text is known."""
+        it fills in, a table's rows in the order of a numbered list, a numbered list of any tokens and its copy: many a
+        token is a target nowhere else, and would never be said. Only the second time is a target, for only then the
+        text is known."""
         kind = rng.choice(world.kinds)
         chosen = rng.sample(kind.entities, rng.randint(2, 16))
         form = rng.random()
@@ -48,7 +50,7 @@ class Sources:
         if form < 0.1:
             page = chosen[0].page.split("\n")
             parts = [(page, rng.sample(page[1:], len(page) - 1))]
-        elif form < 0.5:
+        elif form < 0.45:
             entity = chosen[0]
             parts = [([entity.page], [])]
             for _ in range(6):
@@ -57,12 +59,12 @@ class Sources:
                 columns = rng.sample(kind.keys, rng.randint(2, len(kind.keys)))
                 blank = [template(name, columns)] if rng.random() < 0.5 else [template("name", columns), name]
                 parts.append((blank, [row(number, entity.name, entity.attributes, columns)]))
-        elif form < 0.95:
+        elif form < 0.75:
             columns = rng.sample(kind.keys, rng.randint(1, 3))
             rows = [row(number, e.name, e.attributes, columns) for number, e in enumerate(chosen, 1)]
             parts = [([*listed([e.name for e in chosen]), *rng.sample(rows, len(rows))], [closed(rows)])]
         else:
-            rows = listed([e.name for e in chosen])
+            rows = listed(["".join(rng.choices(self._pieces, k=rng.randint(1, 6))) for _ in chosen])
             parts = [(rows, [closed(rows)])]
         ids: list[int] = []
         mask: list[int] = []
@@ -70,7 +72,7 @@ class Sources:
             new = self.tokenizer.encode("".join(line + "\n" for line in lines))
             ids += new
             mask += [target] * len(new)
-        if form >= 0.5:  # where a list ends is to be known as well
+        if form >= 0.45:  # where a list ends is to be known as well
             ids[-1] = self.tokenizer.im_end
         return TokenSequence(ids, [], mask)
 
@@ -104,6 +106,12 @@ class Sources:
         if rng.random() < 0.5:
             dialogue += [user("describe"), assistant(example.caption)]
         return self.chat(dialogue)
+
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        """What tokens of names say."""
+        said = (self.tokenizer.decode([token]) for token in range(self.tokenizer.base_size))
+        return [piece for piece in said if re.fullmatch(r"[\w.-]+", piece, re.ASCII)]
 
     @functools.cached_property
     def _caption_odds(self) -> list[float]:
