@@ -1,5 +1,6 @@
 import random
 import re
+import string
 from collections import Counter
 
 import pytest
@@ -44,6 +45,15 @@ def test_a_restated_list_ends_where_its_labels_do(sources: Sources) -> None:
         assert not any(row.startswith(told[-1]) for row in given)
         lists += 1
     assert lists > 30
+
+
+def test_every_token_that_a_name_may_have_is_a_target_of_restated_text(sources: Sources) -> None:
+    rng, tokenizer, said = random.Random(6), sources.tokenizer, Counter[int]()
+    world = World(1, "train")
+    for _ in range(2000):
+        example = sources.restated(rng, world)
+        said.update(i for i, target in zip(example.ids, example.loss_mask, strict=True) if target)
+    assert all(tokenizer.encode(letter)[0] in said for letter in string.ascii_letters)
 
 
 def test_every_kind_of_picture_takes_equally_much_work_and_some_twice_as_much(sources: Sources) -> None:
