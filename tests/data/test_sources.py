@@ -47,7 +47,7 @@ def test_a_restated_list_ends_where_its_labels_do(sources: Sources) -> None:
     assert lists > 30
 
 
-def test_every_token_that_a_name_may_have_is_a_target_of_restated_text(sources: Sources) -> None:
+def test_every_letter_is_a_target_of_restated_text(sources: Sources) -> None:
     rng, tokenizer, said = random.Random(6), sources.tokenizer, Counter[int]()
     world = World(1, "train")
     for _ in range(2000):

@@ -151,9 +151,10 @@ def test_untrained_induction_heads_tell_columns_apart() -> None:
     assert _columns_told_apart(marked=False) < 0.3
 
 
-def test_induction_heads_need_a_fitting_layout() -> None:
-    config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, v_head_dim=16))
-    with pytest.raises(ValueError, match="v_head_dim"):
+@pytest.mark.parametrize("change", [{"v_head_dim": 16}, {"num_heads": 4}])
+def test_induction_heads_need_a_fitting_layout(change: dict[str, int]) -> None:
+    config = dataclasses.replace(NANO, text=dataclasses.replace(NANO.text, **change))
+    with pytest.raises(ValueError, match=r"5 heads or more.* v_head_dim"):
         induction_heads(KimiK25(config, media_pad=0), LABELS, COLUMNS, torch.Generator())
 
 

@@ -89,9 +89,10 @@ def induction_heads(model: KimiK25, labels: Sequence[int], columns: Sequence[int
     text = model.config.text
     count, label_slot, column_slot = _BACK + 2, _BACK, _BACK + 1
     dim, nope = text.hidden_size, text.qk_nope_head_dim
-    if text.q_lora_rank is not None or text.kv_lora_rank < dim or text.v_head_dim != nope or 4 * nope < dim:
+    narrow = text.kv_lora_rank < dim or text.v_head_dim != nope or 4 * nope < dim
+    if text.q_lora_rank is not None or text.num_heads < count or narrow:
         raise ValueError(
-            "induction_heads needs q_lora_rank none, kv_lora_rank >= hidden_size and "
+            f"induction_heads needs q_lora_rank none, {count} heads or more, kv_lora_rank >= hidden_size and "
             "v_head_dim = qk_nope_head_dim >= hidden_size / 4"
         )
     for name, p in model.language_model.named_parameters():
