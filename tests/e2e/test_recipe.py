@@ -11,13 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from baltoro.chat.tokenizer import Tokenizer
+from baltoro.config import load
+from baltoro.recipe.run import Run
+from baltoro.recipe.settings import RecipeConfig
+from baltoro.report.progress import Progress as Display
+from baltoro.report.run_folder import RunFolder
 from baltoro.rollout.record import read_episodes
 from baltoro.rollout.verify import verify
 
 RUN_FILE = Path(__file__).parents[2] / "configs" / "nano.toml"
 TINY = [
     "threads=2",
+    "dtype=float32",
     "vit.steps=3",
     "vit.tokens=512",
     "projector.steps=1",
@@ -69,6 +77,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert process.returncode == 0, err
     assert "report:" in out
     return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_goes_on_in_the_type_it_began_with(tmp_path: Path, uninterrupted: Path, dtype: torch.dtype) -> None:
+    """Whichever is faster now."""
+    (tmp_path / "results.json").write_text(json.dumps({"stages": {}, "dtype": str(dtype).removeprefix("torch.")}))
+    config = load(RUN_FILE, [f"folder={tmp_path}"], RecipeConfig)
+    tokenizer = Tokenizer.load(uninterrupted / "tokenizer.tiktoken")
+    folder = RunFolder(tmp_path)
+    run = Run(config, folder, Display({}), tokenizer)
+    folder._lock.close()
+    assert run.model.dtype == dtype
 
 
 def test_results_and_report_are_written(uninterrupted: Path) -> None:

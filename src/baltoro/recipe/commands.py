@@ -18,7 +18,7 @@ from baltoro.recipe.settings import RecipeConfig
 from baltoro.report.headline import headline
 from baltoro.report.html import write_report as write_html
 from baltoro.report.progress import Progress as Display
-from baltoro.report.run_folder import RunFolder
+from baltoro.report.run_folder import RunFolder, checkpoint_path
 from baltoro.serve.load import Loaded, ServeConfig, open_release, threads
 from baltoro.train.machine import prepare_machine
 from baltoro.train.state import load_state
@@ -59,7 +59,7 @@ def open_run(folder: Path, settings: ServeConfig) -> Loaded:
     results = folder / "results.json"
     finished = json.loads(results.read_text())["stages"] if results.exists() else {}
     stage = settings.stage or next((name for name in ("parl", "rl", "sft") if name in finished), "")
-    checkpoint = folder / "checkpoints" / f"{stage}.safetensors"
+    checkpoint = checkpoint_path(folder, stage)
     stages = sorted({path.stem for path in checkpoint.parent.glob("*.safetensors")} - {"vit"})  # of a smaller model
     if stage not in stages:
         wanted = f"checkpoint of {stage}" if stage else "finished stage from sft on"
@@ -77,7 +77,8 @@ def open_run(folder: Path, settings: ServeConfig) -> Loaded:
 def ablate_parl(config: RecipeConfig) -> None:
     """PARL again without r_parallel and without r_finish, from the same checkpoint (what each term is for)."""
     main = RunFolder(config.folder)
-    if not main.checkpoint("rl").exists():
+    begin = checkpoint_path(main.path, "rl")
+    if not begin.exists():
         raise FileNotFoundError(f"{config.folder}: no finished RL stage; run `baltoro recipe` first")
     parts = {"without-parallel": {"lambda_parallel": 0.0}, "without-finish": {"lambda_finish": 0.0}}
     curves: dict[str, list[dict[str, float]]] = {}
@@ -89,7 +90,7 @@ def ablate_parl(config: RecipeConfig) -> None:
             folder.check_config(dump(part))
             run = Run(part, folder, display, tokenizer=Tokenizer.load(config.folder / "tokenizer.tiktoken"))
             run.stretch()
-            load_state(main.checkpoint("rl"), run.model)
+            load_state(begin, run.model)
             parl(run)
             curves[name] = folder.metrics("parl")
     for name, curve in curves.items():

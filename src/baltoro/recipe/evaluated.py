@@ -10,6 +10,7 @@ from baltoro.eval.record import episode, gallery, numbers
 from baltoro.eval.wide import WideResult, evaluate_wide, held_out_jobs
 from baltoro.model.kimi import KimiK25, count_parameters
 from baltoro.recipe.run import LEARNS, Run
+from baltoro.report.run_folder import checkpoint_path
 from baltoro.train.machine import peak_memory_mb
 from baltoro.train.state import load_state
 
@@ -51,7 +52,7 @@ def evaluate(run: Run) -> None:
 
 def _load(run: Run, stage: str) -> KimiK25:
     model = KimiK25(run.model_config, run.tokenizer.media_pad, run.dtype)
-    load_state(run.folder.checkpoint(stage), model)
+    load_state(checkpoint_path(run.folder.path, stage), model)
     return model
 
 

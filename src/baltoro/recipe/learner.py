@@ -3,7 +3,6 @@
 import dataclasses
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from baltoro.model.config import PRESETS, ModelConfig
 from baltoro.model.init import induction_heads, initialise, whiten_patches
 from baltoro.model.kimi import KimiK25
 from baltoro.recipe.settings import RecipeConfig
+from baltoro.report.run_folder import checkpoint_path
 from baltoro.swarm.demonstrations import Demonstrator
 from baltoro.train.machine import peak_memory_mb, prepare_machine
 from baltoro.train.packing import pack
@@ -84,14 +84,11 @@ class Learner:
             learning,
             stage,
             mixture,
-            self.checkpoint(name),
+            checkpoint_path(self.config.folder, name),
             lambda step: self.stepped(name, learning, step),
             group,
         )
         self.ended(name, progress)
-
-    def checkpoint(self, stage: str) -> Path:
-        return self.config.folder / "checkpoints" / f"{stage}.safetensors"
 
     def begun(self, name: str, stage: StageConfig) -> None: ...
 
@@ -151,7 +148,7 @@ class Learner:
         """The tower learns with a small language model (the report's is Moonlight), which is then left behind."""
         captioner = dataclasses.replace(self.model_config, text=self.config.captioner.of(self.model_config.text))
         small = self._fresh(captioner, induction=False)  # its few heads are to read pictures
-        if self.group.rank == 0 and not self.checkpoint("vit").exists():
+        if self.group.rank == 0 and not checkpoint_path(self.config.folder, "vit").exists():
             rng = random.Random("patches")
             shown = pack([self.sources.caption(rng) for _ in range(_WHITENED)], captioner.vision.patch_size)
             generator = torch.Generator().manual_seed(self.config.seed)

@@ -11,6 +11,7 @@ from baltoro.agent.loop import Limits, derive_seed
 from baltoro.agent.trace import Trace
 from baltoro.model.kimi import KimiK25
 from baltoro.recipe.run import LEARNS, Run
+from baltoro.report.run_folder import checkpoint_path
 from baltoro.rl.black_box import Program, program
 from baltoro.rl.trainer import IterationReport, Opened, RLConfig, Tasks, Weights, run_rl
 from baltoro.rollout.env import Agent, Env, World
@@ -100,7 +101,7 @@ def _reinforce(
     weights: Weights,
     record: Callable[[IterationReport], dict[str, float]],
 ) -> None:
-    checkpoint = run.folder.checkpoint(name)
+    checkpoint = checkpoint_path(run.folder.path, name)
     done = read_progress(checkpoint).step if checkpoint.exists() else 0
     run.folder.begin_stage(name, done)
     run.display.stage(name, LEARNS[name], config.iterations, done)

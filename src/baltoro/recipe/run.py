@@ -14,11 +14,12 @@ from baltoro.model.kimi import KimiK25
 from baltoro.recipe.learner import Learner, corpus_of, follow
 from baltoro.recipe.settings import RecipeConfig
 from baltoro.report.progress import Progress as Display
-from baltoro.report.run_folder import RunFolder, commit
+from baltoro.report.run_folder import RunFolder, checkpoint_path, commit
 from baltoro.rollout.record import replacing
 from baltoro.serve.live import LivePrompt
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.demonstrations import Demonstrator
+from baltoro.train.machine import faster_dtype
 from baltoro.train.parallel import leading
 from baltoro.train.stage import StageConfig, StepReport
 from baltoro.train.state import Progress, read_progress
@@ -65,7 +66,10 @@ class Run(Learner):
         self.display = display
         self.commit = commit()  # now: the tree may change while the run goes on
         corpus = corpus_of(config)
-        super().__init__(config, corpus, tokenizer or _tokenizer(config, corpus))
+        # Once for all sittings: other processes may make the other type the faster one in the next.
+        dtype = folder.results.get("dtype") or (faster_dtype() if config.dtype == "auto" else config.dtype)
+        super().__init__(dataclasses.replace(config, dtype=dtype), corpus, tokenizer or _tokenizer(config, corpus))
+        folder.update(dtype=dtype)
         self.live = self._live_prompt()
         self._shown = float("-inf")
 
@@ -87,7 +91,7 @@ class Run(Learner):
 
     def _done(self, stage: str) -> int:
         """How many of its steps are."""
-        checkpoint = self.checkpoint(stage)
+        checkpoint = checkpoint_path(self.config.folder, stage)
         return read_progress(checkpoint).step if checkpoint.exists() else 0
 
     def begun(self, name: str, stage: StageConfig) -> None:

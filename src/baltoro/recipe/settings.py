@@ -63,8 +63,8 @@ class CaptionerConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is
-    bfloat16 where the processor multiplies it in hardware. `induction` wires the circuit of `model.init`. `corpus` is
+    """A run file. `model` names a preset, `vocab_size` is that of the tokenizer trained for it; `dtype` "auto" is the
+    faster one of float32 and bfloat16 where the run begins. `induction` wires the circuit of `model.init`. `corpus` is
     a folder of text; without it, Python's own documentation and library. `black_box`: joint RL's look-ups are made by a
     program of its own, through the gateway. Steps of supervised stages are shared by `processes`, each of which has its
     part of `threads`."""

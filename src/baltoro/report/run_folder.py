@@ -11,6 +11,11 @@ from baltoro import __version__
 from baltoro.rollout.record import replacing
 
 
+def checkpoint_path(run: Path, stage: str) -> Path:
+    """Where a run's folder holds what a stage learned."""
+    return run / "checkpoints" / f"{stage}.safetensors"
+
+
 class RunFolder:
     """`results` grows as stages end; `metrics.jsonl` and `live.jsonl` get one line a step."""
 
@@ -40,9 +45,6 @@ class RunFolder:
         else:
             with replacing(path) as scratch:
                 scratch.write_text(json.dumps(config, indent=1))
-
-    def checkpoint(self, stage: str) -> Path:
-        return self.path / "checkpoints" / f"{stage}.safetensors"
 
     def begin_stage(self, stage: str, done: int) -> None:
         """Forget what was logged behind the checkpoint from which the stage goes on."""
