@@ -1,8 +1,9 @@
 """Muon with RMS-matched updates (Moonlight, arXiv 2502.16982), and AdamW for the parameters where it belongs."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ def orthogonalize(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     return (x.mT if tall else x).reshape(shape)
 
 
+Matrices = Callable[[Tensor], Tensor]
+"""A function of each matrix of a stack [n, rows, columns] by itself."""
+
+
+def each(function: Matrices, stacks: list[Tensor]) -> list[Tensor]:
+    """One process computes all."""
+    return [function(stack) for stack in stacks]
+
+
 @dataclass(frozen=True)
 class MuonConfig:
     """One learning rate and one weight decay serve both halves, because the Muon update is matched to AdamW's RMS."""
@@ -42,12 +52,20 @@ class MuonAdamW:
     """Matrices (and stacks of expert matrices) by Muon; embeddings, head, position table, norms and biases by AdamW.
 
     Raw gradients are clipped to a global norm before the momentum and never after orthogonalisation. State is a
-    flat dictionary of tensors by parameter name, so that it is saved as it is.
+    flat dictionary of tensors by parameter name, so that it is saved as it is. `spread`, called as `each` is, may let
+    other processes orthogonalise some of the matrices.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]], config: MuonConfig, ns_dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        config: MuonConfig,
+        ns_dtype: torch.dtype = torch.bfloat16,
+        spread: Callable[[Matrices, list[Tensor]], list[Tensor]] = each,
+    ):
         self.config = config
         self.ns_dtype = ns_dtype
+        self.spread = spread
         self.step_count = 0
         self.params = {name: p for name, p in named if p.requires_grad}
         self.state: dict[str, Tensor] = {}
@@ -71,27 +89,29 @@ class MuonAdamW:
         grads = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in self.params.items()}
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads.values()]))
         scale = min(1.0, self.config.clip_norm / (float(norm) + 1e-6))
-        for (rows, columns), names in self.muon:
-            self._muon(names, grads, rows, columns, lr, scale)
+        self._muon(grads, lr, scale)
         self._adamw(grads, lr, scale)
         for p in self.params.values():
             p.grad = None
         return float(norm)
 
-    def _muon(
-        self, names: list[str], grads: dict[str, Tensor], rows: int, columns: int, lr: float, scale: float
-    ) -> None:
+    def _muon(self, grads: dict[str, Tensor], lr: float, scale: float) -> None:
         c = self.config
-        directions: list[Tensor] = []
-        for name in names:
-            momentum = self.state[f"{name}.momentum"]
-            momentum.mul_(c.momentum).add_(grads[name], alpha=scale)
-            directions.append(grads[name].mul(scale).add(momentum, alpha=c.momentum).reshape(-1, rows, columns))
-        update = orthogonalize(torch.cat(directions), dtype=self.ns_dtype).to(torch.float32)
-        adjust = c.update_rms * max(rows, columns) ** 0.5
-        for name, delta in zip(names, update.split([len(d) for d in directions]), strict=True):
-            p = self.params[name]
-            p.mul_(1 - lr * c.weight_decay).add_(delta.reshape(p.shape), alpha=-lr * adjust)
+        stacks: list[Tensor] = []
+        for shape, names in self.muon:
+            directions: list[Tensor] = []
+            for name in names:
+                momentum = self.state[f"{name}.momentum"]
+                momentum.mul_(c.momentum).add_(grads[name], alpha=scale)
+                directions.append(grads[name].mul(scale).add(momentum, alpha=c.momentum).reshape(-1, *shape))
+            stacks.append(torch.cat(directions))
+        updates = self.spread(partial(orthogonalize, dtype=self.ns_dtype), stacks)
+        for (shape, names), update in zip(self.muon, updates, strict=True):
+            adjust = c.update_rms * max(shape) ** 0.5
+            sizes = [self.params[name].numel() for name in names]
+            for name, delta in zip(names, update.to(torch.float32).reshape(-1).split(sizes), strict=True):
+                p = self.params[name]
+                p.mul_(1 - lr * c.weight_decay).add_(delta.view_as(p), alpha=-lr * adjust)
 
     def _adamw(self, grads: dict[str, Tensor], lr: float, scale: float) -> None:
         (beta1, beta2), t = self.config.betas, self.step_count

@@ -6,6 +6,7 @@ is what all begin with. The others follow: they leave nothing behind, and end wh
 
 import contextlib
 import datetime
+import itertools
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from baltoro.optim.muon import Matrices, each
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,31 @@ class Group:
     def raise_to_highest(self, tensors: Sequence[Tensor]) -> None:
         """Fill the tensors, of one dtype, with the largest values of any process."""
         self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def spread(self, function: Matrices, stacks: list[Tensor]) -> list[Tensor]:
+        """function(stack) of every stack [n, rows, columns]; each process computes some of the matrices, of equal work
+        if that is a matrix's size times its shorter side."""
+        if self.size == 1:
+            return each(function, stacks)
+        work = torch.cat([torch.full((len(s),), float(s[0].numel() * min(s.shape[1:]))) for s in stacks]).cumsum(0)
+        cuts = torch.searchsorted(work, work[-1] * torch.arange(1, self.size) / self.size)
+        edges = [0, *cuts.tolist(), len(work)]
+        results = [torch.empty_like(stack) for stack in stacks]
+        shares: list[tuple[int, Tensor, Tensor]] = []  # who computes which matrices, and where they go
+        first = 0
+        for stack, result in zip(stacks, results, strict=True):
+            for rank, (begin, end) in enumerate(itertools.pairwise(edges)):
+                part = slice(max(begin - first, 0), max(end - first, 0))
+                if len(stack[part]):
+                    shares.append((rank, stack[part], result[part]))
+            first += len(stack)
+        for rank, matrices, result in shares:
+            if rank == self.rank:
+                result.copy_(function(matrices))
+        with _connected():
+            for rank, _, result in shares:
+                dist.broadcast(result, src=rank)
+        return results
 
     def _reduce(self, tensors: Sequence[Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size > 1:

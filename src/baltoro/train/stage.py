@@ -54,12 +54,12 @@ class StepReport:
 _TRIM_EVERY = 60
 
 
-def optimizer_for(model: KimiK25, trains: tuple[str, ...], weight_decay: float) -> MuonAdamW:
-    """MuonClip over the chosen parameters; the others are frozen."""
+def optimizer_for(model: KimiK25, trains: tuple[str, ...], weight_decay: float, group: Group = ALONE) -> MuonAdamW:
+    """MuonClip over the chosen parameters; the others are frozen. The processes of the group share the work."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(trains))
     ns_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    return MuonAdamW(model.named_parameters(), MuonConfig(weight_decay=weight_decay), ns_dtype)
+    return MuonAdamW(model.named_parameters(), MuonConfig(weight_decay=weight_decay), ns_dtype, group.spread)
 
 
 def after_step(model: KimiK25, balance_rate: float) -> int:
@@ -93,7 +93,7 @@ def run_stage(
     """Train in place from wherever `checkpoint` stands; it is rewritten every `save_every_s` seconds and at the end.
     mixture: this process's share of every step's tokens; the first process of the group alone uses `checkpoint` and
     `report`, and the others begin as it does."""
-    optimizer = optimizer_for(model, config.trains, config.weight_decay)
+    optimizer = optimizer_for(model, config.trains, config.weight_decay, group)
     progress = Progress(name, 0, 0.0, 0)
     leads = group.rank == 0
     if leads and checkpoint.exists():
