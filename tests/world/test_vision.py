@@ -123,8 +123,14 @@ def test_scores_by_hand():
     ],
 )
 def test_chance_is_that_of_the_best_blind_answer(task: str, at_least: float, at_most: float):
-    assert at_least - 0.02 <= chance(task, 500, 1) <= at_most
-    assert chance(task, 500, 1) == chance(task, 500, 1)
+    assert at_least - 0.02 <= chance(task, examples(task, 1, 500)) <= at_most
+
+
+def test_chance_is_that_of_these_very_examples():
+    one, three = (next(e for e in examples("count", 1, 100) if e.gold == gold) for gold in (1, 3))
+    assert chance("count", [three, three]) == 1
+    # Always 1: (1 + 1/3) / 2; always 3: (0 + 1) / 2; the other's answer: (0 + 1/3) / 2.
+    assert chance("count", [one, three]) == pytest.approx(2 / 3)
 
 
 def test_counts_are_even_and_the_picture_size_does_not_tell():

@@ -27,7 +27,7 @@ class Answered:
 @dataclass(frozen=True, eq=False)
 class VisionResult:
     """accuracy: mean score by the task's own measure (exact for words, soft for boxes, points, outlines, lettering and
-    counts); chance: the same measure for the best blind strategy."""
+    counts); chance: the same measure for the best blind strategy on the same examples."""
 
     accuracy: float
     chance: float
@@ -75,7 +75,7 @@ async def evaluate_vision(
         texts = await asyncio.gather(*(answer(engine, tokenizer, media, role, example) for example in examples))
         answered = [Answered(e, t, task.score(t, e.gold)) for e, t in zip(examples, texts, strict=True)]
         mean = sum(a.score for a in answered) / n
-        results[task.name] = VisionResult(mean, chance(task.name, n, seed), n, answered)
+        results[task.name] = VisionResult(mean, chance(task.name, examples), n, answered)
     return results
 
 

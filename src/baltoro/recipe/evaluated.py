@@ -72,7 +72,6 @@ def _record(run: Run, first: WideResult, final: Evaluation, seconds: float) -> N
         cores=os.cpu_count(),
         threads=run.config.threads,
         processes=run.config.processes,
-        dtype=str(run.dtype).removeprefix("torch."),
         seed=run.config.seed,
         commit=run.commit,
         model={"parameters": total, "active": active},
