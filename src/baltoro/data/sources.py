@@ -46,12 +46,12 @@ class Sources:
         kind = rng.choice(world.kinds)
         chosen = rng.sample(kind.entities, rng.randint(2, 16))
         form = rng.random()
-        page_only = form < 0.45
+        one_page = form < 0.45
         parts: list[tuple[list[str], list[str]]] = []
         if form < 0.1:
             page = chosen[0].page.split("\n")
             parts = [(page, rng.sample(page[1:], len(page) - 1))]
-        elif page_only:
+        elif one_page:
             entity = chosen[0]
             parts = [([entity.page], [])]
             for _ in range(6):
@@ -73,7 +73,7 @@ class Sources:
             new = self.tokenizer.encode("".join(line + "\n" for line in lines))
             ids += new
             mask += [target] * len(new)
-        if not page_only:  # where a list ends is to be known as well
+        if not one_page:  # where a list ends is to be known as well
             ids[-1] = self.tokenizer.im_end
         return TokenSequence(ids, [], mask)
 

@@ -27,11 +27,11 @@ def orthogonalize(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     return (x.mT if tall else x).reshape(shape)
 
 
-Matrices = Callable[[Tensor], Tensor]
+MatrixFunction = Callable[[Tensor], Tensor]
 """A function of each matrix of a stack [n, rows, columns] by itself."""
 
 
-def each(function: Matrices, stacks: list[Tensor]) -> list[Tensor]:
+def each(function: MatrixFunction, stacks: list[Tensor]) -> list[Tensor]:
     """One process computes all."""
     return [function(stack) for stack in stacks]
 
@@ -61,7 +61,7 @@ class MuonAdamW:
         named: Iterable[tuple[str, Tensor]],
         config: MuonConfig,
         ns_dtype: torch.dtype = torch.bfloat16,
-        spread: Callable[[Matrices, list[Tensor]], list[Tensor]] = each,
+        spread: Callable[[MatrixFunction, list[Tensor]], list[Tensor]] = each,
     ):
         self.config = config
         self.ns_dtype = ns_dtype

@@ -19,7 +19,7 @@ from baltoro.rollout.record import replacing
 from baltoro.serve.live import LivePrompt
 from baltoro.serve.local import LocalEngine
 from baltoro.swarm.demonstrations import Demonstrator
-from baltoro.train.machine import faster_dtype
+from baltoro.train.machine import prepare_machine
 from baltoro.train.parallel import leading
 from baltoro.train.stage import StageConfig, StepReport
 from baltoro.train.state import Progress, read_progress
@@ -67,9 +67,10 @@ class Run(Learner):
         self.commit = commit()  # now: the tree may change while the run goes on
         corpus = corpus_of(config)
         # Once for all sittings: other processes may make the other type the faster one in the next.
-        dtype = folder.results.get("dtype") or (faster_dtype() if config.dtype == "auto" else config.dtype)
-        super().__init__(dataclasses.replace(config, dtype=dtype), corpus, tokenizer or _tokenizer(config, corpus))
-        folder.update(dtype=dtype)
+        dtype = prepare_machine(config.threads, folder.results.get("dtype", config.dtype))
+        folder.update(dtype=str(dtype).removeprefix("torch."))
+        config = dataclasses.replace(config, dtype=folder.results["dtype"])
+        super().__init__(config, corpus, tokenizer or _tokenizer(config, corpus))
         self.live = self._live_prompt()
         self._shown = float("-inf")
 

@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 def prepare_machine(threads: int, dtype: str) -> torch.dtype:
     """Fix the thread count (results are bitwise reproducible for one count) and choose the compute dtype.
 
-    dtype "auto" is that of `faster_dtype`. Raises ValueError for an unknown dtype.
+    dtype "auto" is whichever of float32 and bfloat16 is multiplied faster now. Raises ValueError for an unknown dtype.
     """
     torch.set_num_threads(threads)
     # Kernels are compiled for every size of a product and kept, 1,024 of them by default: half a GB and more.
@@ -34,16 +34,15 @@ def prepare_machine(threads: int, dtype: str) -> torch.dtype:
         # One heap for the forward and the backward thread: two would each keep the largest step's memory.
         libc.mallopt(_M_ARENA_MAX, 1)
     if dtype == "auto":
-        dtype = faster_dtype()
+        dtype = _faster_dtype()
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; it must be auto, {' or '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
 
-def faster_dtype() -> str:
-    """Which of float32 and bfloat16 this machine multiplies faster now; found in a few hundredths of a second. What
-    the processor says of itself does not tell: of two with AVX512-BF16, one takes a fourth of float32's time for
-    bfloat16, the other twice as much."""
+def _faster_dtype() -> str:
+    """Found in a few hundredths of a second. What the processor says of itself does not tell: of two with AVX512-BF16,
+    one takes a fourth of float32's time for bfloat16, the other twice as much."""
     factors = {name: torch.ones(512, 512, dtype=dtype) for name, dtype in _DTYPES.items()}
     least = dict.fromkeys(_DTYPES, float("inf"))
     for _ in range(_ROUNDS):
