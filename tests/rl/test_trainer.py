@@ -1,7 +1,10 @@
 """Reinforcement learning whole: a real model, the real engine, a task that can be learned in a few iterations."""
 
+import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator
+import shutil
+import sqlite3
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +83,19 @@ ENV = _env(Judge(Reward("low", _low)))
 POLICY = Policy(TOKENIZER, MediaSpec.K25, Sampling(4), "policy")
 
 
-def _run(folder: Path, model: KimiK25, iterations: int, env: Env = ENV) -> list[IterationReport]:
+def _run(
+    folder: Path,
+    model: KimiK25,
+    iterations: int,
+    env: Env = ENV,
+    report: Callable[[IterationReport], None] = lambda _: None,
+) -> list[IterationReport]:
     reports: list[IterationReport] = []
+
+    def reported(done: IterationReport) -> None:
+        reports.append(done)
+        report(done)
+
     config = RLConfig(iterations, tasks=3, rollouts=8, lr=4e-2, objective=ObjectiveConfig())
     engine = LocalEngine({"policy": model}, TOKENIZER, slots=32, max_len=16)
     checkpoint = folder / "rl.safetensors"
@@ -95,7 +109,7 @@ def _run(folder: Path, model: KimiK25, iterations: int, env: Env = ENV) -> list[
         lambda _: env.judge.weights,
         5,
         checkpoint,
-        reports.append,
+        reported,
     )
     return reports
 
@@ -115,6 +129,29 @@ def test_reward_rises_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     second = _run(halves, resumed, 12)
     assert [r.iteration for r in second] == [5, 6, 7, 8, 9, 10, 11, 12]
     assert [r.reward for r in first + second] == [r.reward for r in reports]
+    wanted = straight.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_an_iteration_that_was_killed_is_begun_again(tmp_path: Path) -> None:
+    """What a kill may leave of the second iteration: the records of some of its episodes, and no claims. If these were
+    replayed, the others would be drawn in smaller batches, and differ in the last bits."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    straight = _model()
+
+    def report(done: IterationReport) -> None:
+        if done.iteration == 2:  # on the disk are the first one's weights and the second one's episodes
+            shutil.copytree(whole, killed)
+
+    _run(whole, straight, 3, report=report)
+    with contextlib.closing(sqlite3.connect(killed / "rl.journal")) as db:
+        db.execute("DELETE FROM claims WHERE step = 1")
+        db.execute("DELETE FROM records WHERE episode LIKE '%/0' OR episode LIKE '4/%'")
+        db.commit()
+        assert db.execute("SELECT count(DISTINCT episode) FROM records").fetchone()[0] >= 14
+    resumed = _model()
+    assert [each.iteration for each in _run(killed, resumed, 3)] == [2, 3]
     wanted = straight.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in resumed.state_dict().items())
 

@@ -135,9 +135,10 @@ def run_rl(
 ) -> Progress:
     """Train `model` in place; `engine` serves it under the role of `policy`, and whatever is frozen under other roles.
 
-    An iteration is a pure function of weights, seed and its number, so a run resumes exactly at the last finished one.
-    With groups ahead it also depends on which groups were whole first. What was begun is kept beside the checkpoint,
-    and a resumed run goes on from there.
+    An iteration is a pure function of weights, seed and its number, so a run resumes exactly: an iteration whose
+    episodes had not all ended is begun again, because the rest of them would run in smaller batches, whose sums round
+    differently. With groups ahead an iteration also depends on which groups were whole first; then what was begun is
+    kept beside the checkpoint, and a resumed run goes on from there.
     """
     optimizer = optimizer_for(model, config.trains, config.weight_decay)
     progress = Progress(name, 0, 0.0, 0)
@@ -174,6 +175,8 @@ async def _roll_out(
     manager = RolloutManager(engine, ManagerConfig())
     async with Journal.open(path) as journal, engine.run(), opened() as tasks:
         journal.forget(iteration)
+        if not config.ahead:
+            journal.forget_unclaimed()
         claimed = {_group(episode) for episode, step in journal.claims.items() if step == iteration}
         used = {_group(episode) for episode in journal.claims}
         free = (number for number in itertools.count() if number not in used)

@@ -16,6 +16,7 @@ CREATE TABLE IF NOT EXISTS claims (episode TEXT PRIMARY KEY, step INTEGER) WITHO
 """
 _WRITE = "INSERT OR REPLACE INTO records VALUES (?, ?, ?)"
 _CLAIM = "INSERT INTO claims VALUES (?, ?)"
+_FORGET_UNCLAIMED = "DELETE FROM records WHERE episode NOT IN (SELECT episode FROM claims)"
 _FORGET = "DELETE FROM records WHERE episode IN (SELECT episode FROM claims WHERE step < ?)"
 
 
@@ -86,6 +87,11 @@ class Journal:
     def forget(self, step: int) -> None:
         """Drops the records of episodes that steps before this one trained on; their claims stay."""
         self._add(_FORGET, (step,))
+
+    def forget_unclaimed(self) -> None:
+        """Drops all that is known of episodes that no step trains on yet."""
+        self._known &= self.claims.keys()
+        self._add(_FORGET_UNCLAIMED, ())
 
     async def written(self) -> None:
         """Returns when all that was put down before is on the disk."""
