@@ -52,7 +52,7 @@ class MuonAdamW:
     """Matrices (and stacks of expert matrices) by Muon; embeddings, head, position table, norms and biases by AdamW.
 
     Raw gradients are clipped to a global norm before the momentum and never after orthogonalisation. State is a
-    flat dictionary of tensors by parameter name, so that it is saved as it is. `spread`, called as `each` is, may let
+    flat dictionary of tensors by parameter name, so that it is saved as it is. `divide`, called as `each` is, may let
     other processes orthogonalise some of the matrices.
     """
 
@@ -61,11 +61,11 @@ class MuonAdamW:
         named: Iterable[tuple[str, Tensor]],
         config: MuonConfig,
         ns_dtype: torch.dtype = torch.bfloat16,
-        spread: Callable[[MatrixFunction, list[Tensor]], list[Tensor]] = each,
+        divide: Callable[[MatrixFunction, list[Tensor]], list[Tensor]] = each,
     ):
         self.config = config
         self.ns_dtype = ns_dtype
-        self.spread = spread
+        self.divide = divide
         self.step_count = 0
         self.params = {name: p for name, p in named if p.requires_grad}
         self.state: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ class MuonAdamW:
                 momentum.mul_(c.momentum).add_(grads[name], alpha=scale)
                 directions.append(grads[name].mul(scale).add(momentum, alpha=c.momentum).reshape(-1, *shape))
             stacks.append(torch.cat(directions))
-        updates = self.spread(partial(orthogonalize, dtype=self.ns_dtype), stacks)
+        updates = self.divide(partial(orthogonalize, dtype=self.ns_dtype), stacks)
         for (shape, names), update in zip(self.muon, updates, strict=True):
             adjust = c.update_rms * max(shape) ** 0.5
             sizes = [self.params[name].numel() for name in names]

@@ -47,7 +47,7 @@ class Group:
         """Fill the tensors, of one dtype, with the largest values of any process."""
         self._reduce(tensors, dist.ReduceOp.MAX)
 
-    def spread(self, function: MatrixFunction, stacks: list[Tensor]) -> list[Tensor]:
+    def divide(self, function: MatrixFunction, stacks: list[Tensor]) -> list[Tensor]:
         """function(stack) of every stack [n, rows, columns]; each process computes some of the matrices, of equal work
         if that is a matrix's size times its shorter side."""
         if self.size == 1:

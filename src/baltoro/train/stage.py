@@ -59,7 +59,7 @@ def optimizer_for(model: KimiK25, trains: tuple[str, ...], weight_decay: float, 
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(trains))
     ns_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    return MuonAdamW(model.named_parameters(), MuonConfig(weight_decay=weight_decay), ns_dtype, group.spread)
+    return MuonAdamW(model.named_parameters(), MuonConfig(weight_decay=weight_decay), ns_dtype, group.divide)
 
 
 def after_step(model: KimiK25, balance_rate: float) -> int:
